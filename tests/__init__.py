@@ -1,0 +1,1 @@
+"""What cuts across chapters. `python -m tests` runs everything, as `make test` does."""

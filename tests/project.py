@@ -1,0 +1,160 @@
+"""Where things are: the settings, the notebooks and their cells, the modules. Nothing here knows what a test is."""
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from configparser import ConfigParser
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# One thread each, no windows, no bars and no live widgets: outputs are then the same everywhere and several notebooks
+# share a small machine.
+QUIET = dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', MPLBACKEND='agg', TQDM_DISABLE='1',
+             AD_COURSE_STATIC='1', PYTHONHASHSEED='0', PYTHONUNBUFFERED='1', PYTHONUTF8='1')
+SMOKE_FLAGS = ('cuda', 'slow')
+
+
+def environment(**changes):
+    """A copy of the environment with `changes`; a value of None removes the name."""
+    env = {**os.environ, **changes}
+    return {k: v for k, v in env.items() if v is not None}
+
+
+def command(name):
+    """The program that pip installed beside this Python."""
+    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    if not found: raise FileNotFoundError(f"{name} is not installed beside {sys.executable}: run `make`, or pip install -e '.[dev]'")
+    return found
+
+
+@lru_cache
+def settings(root=ROOT):
+    """settings.ini as a mapping."""
+    config = ConfigParser(delimiters=['='])
+    if not config.read(root/'settings.ini', encoding='utf8'): raise FileNotFoundError(f'no settings.ini in {root}')
+    return config['DEFAULT']
+
+
+def notebook_paths(root=ROOT):
+    """The notebooks that nbdev sees: no name and no folder on the way begins with a dot or an underscore."""
+    nbs = root/settings(root)['nbs_path']
+    hidden = lambda p: any(part.startswith(('.', '_')) for part in p.relative_to(nbs).parts)
+    return sorted(p for p in nbs.rglob('*.ipynb') if not hidden(p))
+
+
+def project_files(root=ROOT):
+    """What git tracks or would add, as paths from the root; without git, all files outside hidden and built folders."""
+    git = subprocess.run(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'], cwd=root, capture_output=True)
+    if git.returncode == 0 and git.stdout:
+        names = {Path(n) for n in git.stdout.decode('utf8').split('\0') if n}
+        return sorted(p for p in names if (root/p).is_file())
+    built = re.compile(r'^(\.(?!ci$|github$|git(ignore|attributes)$).*|_proc|_docs|build|dist|__pycache__|.*\.egg-info)$')
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [d for d in folders if not built.match(d)]
+        found += [(Path(folder)/n).relative_to(root) for n in names if not built.match(n)]
+    return sorted(found)
+
+
+def modules(root=ROOT):
+    """The modules of the package by name, without the private ones."""
+    return {p.stem: p for p in sorted((root/settings(root)['lib_path']).glob('*.py')) if not p.stem.startswith('_')}
+
+
+class Cell:
+    """One cell: its index, kind, source, outputs and nbdev flags."""
+    def __init__(self, index, raw):
+        self.index, self.raw, self.kind = index, raw, raw['cell_type']
+        self.source = ''.join(raw['source'])
+        self.outputs = raw.get('outputs', [])
+
+    def __repr__(self): return f'cell {self.index} ({self.code.strip().splitlines()[0][:60] if self.code.strip() else "empty"})'
+
+    @property
+    def is_code(self): return self.kind == 'code' and bool(self.source.strip())
+
+    @cached_property
+    def flags(self):
+        """Directives such as `#| export` or `#| eval: false`, by name, with the words that follow."""
+        if self.kind != 'code': return {}
+        found = re.findall(r'^[ \t]*#[ \t]*\|[ \t]*([\w-]+)[ \t]*(:?)[ \t]*(.*)$', self.source, re.M)
+        return {name + colon: rest.strip() for name, colon, rest in found}
+
+    @property
+    def exported(self): return bool(self.flags.keys() & {'export', 'exports', 'exporti'})
+
+    @property
+    def evaluated(self): return self.flags.get('eval:', '').lower() != 'false'
+
+    def runs(self, skipped=('notest', *SMOKE_FLAGS)):
+        """Whether `nbdev_test` executes it, where cells with the flags `skipped` are left out."""
+        return self.is_code and self.evaluated and not self.flags.keys() & set(skipped)
+
+    @cached_property
+    def code(self):
+        """The source without directives, with IPython's `!` and `%` lines turned into Python."""
+        text = re.sub(r'^[ \t]*#[ \t]*\|.*$', '', self.source, flags=re.M)
+        if self.kind != 'code' or not re.search(r'^\s*[!%]|=\s*[!%]|\?\s*$', text, re.M): return text
+        from IPython.core.inputtransformer2 import TransformerManager
+        return TransformerManager().transform_cell(text.strip('\n'))
+
+    @cached_property
+    def tree(self): return ast.parse(self.code if self.is_code else '')
+
+
+class Notebook:
+    """A notebook as it lies on disk."""
+    def __init__(self, path, root=ROOT):
+        self.path, self.root = Path(path), root
+        try: self.raw = json.loads(self.path.read_text(encoding='utf8'))
+        except json.JSONDecodeError as e: raise ValueError(f'{self.path} is not a notebook: {e}') from e
+        self.cells = [Cell(i, c) for i, c in enumerate(self.raw['cells'])]
+
+    def __repr__(self): return self.name
+
+    @property
+    def name(self): return self.path.relative_to(self.root).as_posix()
+
+    @property
+    def stem(self):
+        """The file's name without its number: `11_ae` is `ae`, as on the site."""
+        return re.sub(r'^\d+[a-zA-Z0-9]*_', '', self.path.stem)
+
+    @property
+    def part(self):
+        """The folder under nbs/, or '' for the landing page."""
+        return self.path.parent.name if self.path.parent.name != settings(self.root)['nbs_path'] else ''
+
+    @property
+    def is_chapter(self): return bool(re.match(r'[1-6]_', self.part))
+
+    @property
+    def module(self):
+        """The module that it exports to, or None."""
+        return next((c.flags['default_exp'] for c in self.cells if 'default_exp' in c.flags), None)
+
+    @property
+    def code_cells(self): return [c for c in self.cells if c.is_code]
+
+    @property
+    def markdown(self): return [c for c in self.cells if c.kind == 'markdown']
+
+
+def notebooks(root=ROOT):
+    """All notebooks, read."""
+    return [Notebook(p, root) for p in notebook_paths(root)]
+
+
+def write_notebook(path, *sources):
+    """A small notebook at `path` for a test: code cells, and markdown where a source begins with `#` and a space."""
+    cells = [dict(cell_type='markdown', id=f'{i:08x}', metadata={}, source=s) if s.startswith(('# ', '## ')) else
+             dict(cell_type='code', id=f'{i:08x}', metadata={}, outputs=[], execution_count=None, source=s) for i, s in enumerate(sources)]
+    kernel = dict(name='python3', language='python', display_name='python3')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dict(cells=cells, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)), encoding='utf8')
+    return path

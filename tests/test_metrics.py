@@ -1,0 +1,233 @@
+"""Metrics against hand-worked values, scikit-learn, brute force and their invariances."""
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import label
+from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+
+from ad_course.metrics import auroc, average_precision, bootstrap, f1, oracle_f1, pixel_auroc, pro, pro_curve, report
+
+HAND = [  # y, scores, AUROC, AP
+    ([0, 0, 0, 1, 1], [.1, .3, .5, .2, .9], 4/6, .75),
+    ([0, 0, 0, 1, 1], [.1, .3, .5, .3, .9], 4.5/6, .75),           # a tie counts one half
+    ([0, 1], [0, 1], 1, 1), ([0, 1], [1, 0], 0, .5), ([0, 1], [7, 7], .5, .5),
+]
+
+
+@pytest.mark.parametrize('y, scores, area, ap', HAND)
+def test_by_hand(y, scores, area, ap):
+    assert auroc(y, scores) == pytest.approx(area) and average_precision(y, scores) == pytest.approx(ap)
+
+
+# Few distinct values, so that ties are the rule; both classes present.
+ranked = st.integers(2, 30).flatmap(lambda n: st.tuples(
+    st.lists(st.integers(0, 1), min_size=n, max_size=n).filter(lambda y: 0 < sum(y) < len(y)),
+    st.lists(st.integers(-6, 6), min_size=n, max_size=n)))
+
+
+@given(ranked)
+def test_auroc_is_the_probability_of_ranking(case):
+    y, s = map(np.array, case)
+    a, n = s[y == 1][:, None], s[y == 0][None]
+    assert auroc(y, s) == pytest.approx(((a > n) + .5 * (a == n)).mean())
+    assert auroc(y, -s) == pytest.approx(1 - auroc(y, s)) == pytest.approx(auroc(1 - y, s))
+
+
+@given(ranked, st.sampled_from([np.exp, lambda s: s**3, lambda s: 2. * s - 100, lambda s: s.astype(np.float32), np.arctan]))
+def test_only_the_order_counts(case, rising):
+    y, s = map(np.array, case)
+    for metric in (auroc, average_precision, lambda y, s: oracle_f1(y, s)[0]):
+        assert metric(y, rising(s)) == pytest.approx(metric(y, s))
+
+
+@given(ranked, st.integers(2, 9))
+def test_base_rate_moves_ap_only(case, times):
+    y, s = map(np.array, case)
+    many = np.repeat(np.arange(len(y)), np.where(y == 0, times, 1))
+    assert auroc(y[many], s[many]) == pytest.approx(auroc(y, s))
+    assert average_precision(y[many], s[many]) <= average_precision(y, s) + 1e-12
+
+
+@given(ranked, st.randoms())
+def test_the_order_of_images_does_not_matter(case, random):
+    pairs = list(zip(*case)); random.shuffle(pairs)
+    y, s = zip(*pairs)
+    for metric in (auroc, average_precision, oracle_f1): assert metric(y, s) == pytest.approx(metric(*case))
+
+
+@given(ranked, st.integers(-7, 7))
+def test_f1_is_scikit_learns(case, t):
+    y, s = map(np.array, case)
+    assert f1(y, s, t) == pytest.approx(f1_score(y, s > t, zero_division=0))
+
+
+@given(ranked)
+def test_oracle_f1_is_the_best_of_all_thresholds(case):
+    y, s = map(np.array, case)
+    best, where = oracle_f1(y, s)
+    tried = {t: f1(y, s, t) for t in [-np.inf, *map(float, s)]}
+    assert best == pytest.approx(max(tried.values())) and f1(y, s, where) == pytest.approx(best)
+    assert where == max(t for t, v in tried.items() if v >= best - 1e-12)           # the highest of the best
+    assert best >= 2 * y.mean() / (1 + y.mean()) - 1e-12                             # everything is an anomaly
+
+
+def test_oracle_threshold_is_exact_for_float32():
+    s = np.nextafter(np.float32(.1), np.float32(1), dtype=np.float32)
+    y, scores = np.array([0, 1]), np.array([.1, s], np.float32)
+    best, where = oracle_f1(y, scores)
+    assert best == 1 and ((scores > np.float64(where)) == [False, True]).all() and ((scores > where) == [False, True]).all()
+
+
+def test_trivial_baseline():
+    y = np.r_[np.zeros(100), np.ones(900)]
+    assert round(f1(y, np.arange(1000.), -np.inf), 3) == .947
+    assert oracle_f1(y, np.zeros(1000)) == (pytest.approx(1.8 / 1.9), -np.inf)
+
+
+def test_like_scikit_learn_at_size():
+    rng = np.random.default_rng(0)
+    y, s = rng.integers(0, 2, 5000), rng.normal(size=5000).round(2)
+    assert auroc(y, s) == roc_auc_score(y, s) and average_precision(y, s) == average_precision_score(y, s)
+
+
+@pytest.mark.parametrize('y, scores, message', [
+    ([0, 0], [1, 2], 'both normal images and anomalies'), ([1, 1], [1, 2], 'both normal'), ([], [], 'both normal'),
+    ([0, 1], [1, np.nan], 'NaN or infinite'), ([0, 1], [1, np.inf], 'NaN or infinite'), ([0, 1], [1, None], 'NaN'),
+    ([0, 1], [1, 2, 3], 'shape'), ([0, 1], [[1], [2]], r'shape \(2, 1\)'), (1, 2., 'shape'),
+    ([-1, 1], [1, 2], '0 .normal. or 1'), ([1, 2], [1, 2], '0 .normal. or 1'), (['a', 'b'], [1, 2], '0 .normal. or 1'), ([0, np.nan], [1, 2], '0 .normal. or 1'),
+])
+@pytest.mark.parametrize('metric', [auroc, average_precision, oracle_f1, report, lambda y, s: f1(y, s, 0)], ids=['auroc', 'ap', 'oracle', 'report', 'f1'])
+def test_wrong_input_is_named(metric, y, scores, message):
+    with pytest.raises(ValueError, match=message): metric(y, scores)
+
+
+def test_nan_threshold():
+    with pytest.raises(ValueError, match='threshold is NaN'): f1([0, 1], [1, 2], float('nan'))
+
+
+def test_tensors_bools_and_input_left_alone():
+    y, s = torch.tensor([False, True, True]), torch.tensor([.1, .2, .05])
+    before = s.clone()
+    assert auroc(y, s) == .5 and bootstrap(auroc, y, s, n=5) and torch.equal(s, before)
+    assert type(auroc(y, s)) is float is type(average_precision(y, s)) is type(f1(y, s, .1))
+
+
+def test_report():
+    found = report([0, 0, 0, 1, 1], [.1, .3, .5, .2, .9], .25)
+    assert found == pytest.approx({'AUROC': 4/6, 'AP': .75, 'share of anomalies': .4, 'F1': .4})
+    assert 'F1' not in report([0, 1], [0, 1])
+
+
+# --- bootstrap
+
+def test_bootstrap_is_stratified_seeded_and_leaves_global_state_alone():
+    y, s = np.repeat([0, 1], [30, 5]), np.arange(35.)
+    shares = []
+    before = np.random.get_state()[1].copy()
+    bootstrap(lambda y, s: shares.append(y.sum()) or 0., y, s, n=20)
+    assert set(shares) == {5} and (np.random.get_state()[1] == before).all()
+    s = np.random.default_rng(0).normal(size=35)
+    assert bootstrap(auroc, y, s, n=40, seed=3) == bootstrap(auroc, y, s, n=40, seed=3) != bootstrap(auroc, y, s, n=40, seed=4)
+
+
+def test_bootstrap_covers():
+    "The 90 % interval of a mean holds the true mean in about 90 % of repetitions; a wider level is wider."
+    rng, inside = np.random.default_rng(0), []
+    mean = lambda y, s: s.mean()
+    y = np.repeat([0, 1], 40)
+    for i in range(200):
+        s = rng.normal(size=80)
+        low, high = bootstrap(mean, y, s, n=200, level=.9, seed=i)
+        inside.append(low <= 0 <= high)
+    assert .83 < np.mean(inside) < .96
+    narrow, wide = (bootstrap(mean, y, s, level=v) for v in (.5, .99))
+    assert wide[0] < narrow[0] < narrow[1] < wide[1]
+
+
+def test_bootstrap_errors():
+    for kw in (dict(level=95), dict(level=0), dict(n=0)):
+        with pytest.raises(ValueError, match='level must be'): bootstrap(auroc, [0, 1], [0, 1], **kw)
+    with pytest.raises(ValueError, match='2 entries'): bootstrap(auroc, [0, 1], [0, 1, 2])
+    with pytest.raises(ValueError, match='both normal'): bootstrap(auroc, [0, 0], [0, 1])
+
+
+# --- maps
+
+def brute_pro(masks, maps, max_fpr):
+    "Every threshold, every region, and the area by exact trapezoids."
+    found = [label(m, np.ones((3, 3))) for m in masks]
+    points = [(0., 0.)]
+    for t in np.unique(maps)[::-1]:
+        overlap = [(a[r == i] >= t).mean() for (r, k), a in zip(found, maps) for i in range(1, k + 1)]
+        points.append(((maps[masks == 0] >= t).mean(), np.mean(overlap)))
+    area = 0.
+    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+        if x0 >= max_fpr or x1 == x0: continue
+        end = min(x1, max_fpr)
+        y_end = y0 + (y1 - y0) * (end - x0) / (x1 - x0)
+        area += (end - x0) * (y0 + y_end) / 2
+    return area / max_fpr
+
+
+@settings(max_examples=150)
+@given(st.integers(0, 10**6), st.sampled_from([.05, .3, .5, 1.]), st.integers(2, 40))
+def test_pro_is_brute_force(seed, max_fpr, levels):
+    rng = np.random.default_rng(seed)
+    masks = rng.random((3, 5, 6)) < rng.uniform(.05, .6)
+    if masks.all() or not masks.any(): return
+    maps = rng.integers(0, levels, masks.shape).astype(float)
+    assert pro(masks, maps, max_fpr) == pytest.approx(brute_pro(masks, maps, max_fpr), abs=1e-12)
+    assert pro(masks, np.exp(maps / levels), max_fpr) == pytest.approx(pro(masks, maps, max_fpr))
+    assert pixel_auroc(masks, maps) == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()))
+
+
+def test_pro_by_hand():
+    mask = np.array([[[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 0, 0, 1]]])
+    maps = np.array([[[9., 9, 4, 4, 4], [9, 9, 4, 4, 4], [4, 4, 4, 4, 1]]])
+    assert pro(mask, maps) == .5 and pixel_auroc(mask, maps) == .8        # one region of two; four pixels of five
+    assert pro(mask, mask) == 1 and pro(mask, -mask) == 0
+    for limit in (.1, .3, 1): assert pro(mask, 0 * maps, limit) == pytest.approx(limit / 2)   # chance
+
+
+def test_pro_regions():
+    "Corners connect, images do not, and a region counts once whatever its size."
+    mask = np.zeros((2, 4, 4), int); mask[0, 0, 0] = mask[0, 1, 1] = mask[1, 0, 0] = 1    # 2 regions, of 2 and 1 pixels
+    maps = np.zeros((2, 4, 4)); maps[0, 0, 0] = 1
+    _, overlap = pro_curve(mask, maps)
+    assert overlap[1] == .25                                            # half of one region of two
+
+
+def test_pro_curve_is_monotone_from_corner_to_corner():
+    rng = np.random.default_rng(0)
+    fpr, overlap = pro_curve(rng.random((4, 16, 16)) < .1, rng.random((4, 16, 16)))
+    assert (fpr[0], overlap[0], fpr[-1]) == (0, 0, 1) and overlap[-1] == pytest.approx(1)
+    assert (np.diff(fpr) >= 0).all() and (np.diff(overlap) >= 0).all() and overlap.max() <= 1
+
+
+def test_pro_is_fast():
+    rng = np.random.default_rng(0)
+    masks, maps = np.kron(rng.random((100, 16, 16)) < .05, np.ones((1, 4, 4))), rng.random((100, 64, 64))
+    def seconds():
+        start = time.perf_counter(); pro(masks, maps)
+        return time.perf_counter() - start
+    assert min(seconds() for _ in range(3)) < 1
+
+
+@pytest.mark.parametrize('masks, maps, message', [
+    (np.ones((2, 2)), np.ones((2, 2)), r'\(n, h, w\)'), (np.ones((1, 1, 2, 2)), np.ones((1, 1, 2, 2)), r'\(n, h, w\)'),
+    (np.eye(2)[None], np.ones((1, 2, 3)), r'\(1, 2, 2\) and \(1, 2, 3\)'), (np.eye(2)[None] * 255, np.ones((1, 2, 2)), 'masks > 0'),
+    (np.zeros((1, 2, 2)), np.ones((1, 2, 2)), 'both defect pixels'), (np.ones((1, 2, 2)), np.ones((1, 2, 2)), 'both defect pixels'),
+    (np.eye(2)[None], np.full((1, 2, 2), np.nan), '4 pixels'),
+])
+@pytest.mark.parametrize('metric', [pro, pixel_auroc])
+def test_wrong_maps_are_named(metric, masks, maps, message):
+    with pytest.raises(ValueError, match=message): metric(masks, maps)
+
+
+@pytest.mark.parametrize('limit', [0, -1, 30, float('nan')])
+def test_pro_limit(limit):
+    with pytest.raises(ValueError, match='max_fpr'): pro(np.eye(2)[None], np.ones((1, 2, 2)), limit)

@@ -1,0 +1,316 @@
+"""check_detector catches broken detectors by the promise that they break. Each mutant is a defect that some published code has, or had."""
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ad_course.detector import BrokenPromise, Detector, PROMISES, check_detector, total_loss
+from ad_course.networks import encoder, decoder
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class Sound(Detector):
+    """The healthy parent of the mutants: a small autoencoder that keeps every promise."""
+    epochs: int = 40
+    batch_size: int = 32
+    code_dim: int = 8
+    norm: bool = False
+
+    def networks(self, shape):
+        return dict(encoder=encoder(shape, self.code_dim, norm=self.norm), decoder=decoder(shape, self.code_dim, norm=self.norm))
+
+    def errors(self, xb): return (xb - self.nets_.decoder(self.nets_.encoder(xb))).square()
+    def loss(self, xb): return dict(reconstruction=self.errors(xb).mean())
+    def score(self, xb): return self.errors(xb).flatten(1).mean(1)
+    def pixel_score(self, xb): return self.errors(xb).sum(1)
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class SoundLabelled(Detector):
+    """The healthy parent of the labelled mutants: the deviation loss of DevNet in its plainest form."""
+    uses_labels = True
+    epochs: int = 60
+    batch_size: int = 32
+
+    def networks(self, shape): return dict(scorer=encoder(shape, 1))
+    def score(self, xb): return self.nets_.scorer(xb)[:, 0]
+    def loss(self, xb, yb):
+        s = self.score(xb)
+        return dict(deviation=(1 - yb) * s.abs() + yb * F.relu(5 - s))
+
+
+def test_the_healthy_parents_keep_every_promise():
+    assert check_detector(Sound()) == list(PROMISES)
+    assert check_detector(Sound(norm=True)) == list(PROMISES)
+    assert check_detector(SoundLabelled()) == list(PROMISES)
+
+
+class NoBackward(Sound):
+    def step(self, xb): return self.loss(xb)
+
+
+class NoStep(Sound):
+    def step(self, xb):
+        terms = self.loss(xb)
+        total_loss(terms, len(xb)).backward()
+        return terms
+
+
+class FrozenDecoder(Sound):
+    def optimizers(self): return dict(all=self.adam('encoder'))
+
+
+class Ascends(Sound):
+    def loss(self, xb): return dict(reconstruction=-self.errors(xb).mean())
+
+
+class ConstantScore(Sound):
+    def score(self, xb): return torch.ones(len(xb))
+
+
+class WrongSign(Sound):
+    def score(self, xb): return -super().score(xb)
+
+
+class BatchStatistics(Sound):
+    norm: bool = True
+    def networks(self, shape):
+        return dict(encoder=encoder(shape, 8, norm=True), decoder=decoder(shape, 8, norm=True))
+    def score(self, xb):
+        self.nets_.train()
+        return super().score(xb)
+
+
+class DropoutOn(Sound):
+    def score(self, xb): return super().score(F.dropout(xb, .2, training=True))
+
+
+class SeededDropoutOn(Sound):
+    """Hides behind a seed of its own: the same twice, but not the same alone."""
+    def score(self, xb):
+        keep = (torch.rand(xb.shape, generator=self.generator()) > .2).float()
+        return super().score(xb * keep)
+
+
+class ScaledByBatch(Sound):
+    def score(self, xb):
+        s = super().score(xb)
+        return (s - s.min()) / (s.max() - s.min() + 1e-9)
+
+
+class ScaledByCall(Sound):
+    def decision_function(self, x):
+        s = super().decision_function(x)
+        return (s - s.min()) / (s.max() - s.min() + 1e-9) if len(s) else s
+
+
+class Unseeded(Sound):
+    def networks(self, shape):
+        torch.seed()
+        return super().networks(shape)
+
+
+class IgnoresSeed(Sound):
+    def fit(self, x, y=None):
+        seed, self.seed = self.seed, 0
+        try: return super().fit(x, y)
+        finally: self.seed = seed
+
+
+class SeedsTheWorld(Sound):
+    def fit(self, x, y=None):
+        torch.manual_seed(self.seed)
+        return super().fit(x, y)
+
+
+class DrawsFromNumpy(Sound):
+    def loss(self, xb):
+        return super().loss(xb + 0 * np.random.rand())
+
+
+class SwitchesGradientsOff(Sound):
+    def decision_function(self, x):
+        torch.set_grad_enabled(False)
+        return super().decision_function(x)
+
+
+class ChangesItsInput(Sound):
+    def fit(self, x, y=None):
+        if isinstance(x, np.ndarray) and x.dtype == np.float32 and x.flags.writeable: x *= .99
+        return super().fit(x, y)
+
+
+class ForgetsAWeight(Sound):
+    """A learned tensor without the final underscore: save does not see it."""
+    def train(self, data):
+        super().train(data)
+        self.scale = 2.
+    def score(self, xb): return super().score(xb) * self.scale
+
+
+class ForgetsAWeightQuietly(Sound):
+    """The same with a default that hides it."""
+    def train(self, data):
+        super().train(data)
+        self.scale = 2.
+    def score(self, xb): return super().score(xb) * getattr(self, 'scale', 1.)
+
+
+class NetworkOutsideNets(Sound):
+    """A network that the contract never sees: it is not saved."""
+    def train(self, data):
+        with torch.random.fork_rng(devices=[]): torch.manual_seed(5); self.extra = nn.Linear(64, 64)
+        super().train(data)
+    def score(self, xb):
+        if not hasattr(self, 'extra'): self.extra = nn.Linear(64, 64)
+        return super().score(xb) + self.extra(xb.flatten(1)).square().mean(1)
+
+
+class ThresholdFromTest(Sound):
+    def predict(self, x):
+        s = self.decision_function(x)
+        return (s > np.quantile(s, 1 - self.contamination)).astype(int) if len(s) else s.astype(int)
+
+
+class ThresholdMoves(Sound):
+    def decision_function(self, x):
+        s = super().decision_function(x)
+        if len(s): self.threshold_ = float(np.quantile(s, 1 - self.contamination))
+        return s
+
+
+class ThresholdTooHigh(Sound):
+    def set_threshold(self, data):
+        super().set_threshold(data)
+        self.threshold_ *= 10
+
+
+class NetworkMadeInInit(Sound):
+    def __init__(self, **params):
+        super().__init__(**params)
+        self.nets_ = nn.ModuleDict()
+
+
+class ReturnsNothing(Sound):
+    def fit(self, x, y=None): super().fit(x, y)
+
+
+class ChangesItsParameter(Sound):
+    def train(self, data):
+        super().train(data)
+        self.epochs = 3
+
+
+class RemembersTheFirstFit(Sound):
+    def networks(self, shape):
+        if not hasattr(self, 'kept'): self.kept = super().networks(shape)
+        return self.kept
+
+
+class ClipsBadInput(Sound):
+    def fit(self, x, y=None): return super().fit(np.clip(np.nan_to_num(x), 0, 1), y)
+
+
+class FirstImageOnly(Sound):
+    """Compares every image with one reconstruction, as a well-known AnoGAN does."""
+    def errors(self, xb):
+        return (xb - self.nets_.decoder(self.nets_.encoder(xb))[:1]).square()
+
+
+class Broadcast(Sound):
+    """A (b, 1, h, w) image meets a (b, h, w) reconstruction: every image is compared with all reconstructions."""
+    def loss(self, xb):
+        return dict(reconstruction=(xb - self.nets_.decoder(self.nets_.encoder(xb))[:, 0]).square().mean())
+
+
+class BroadcastLabels(SoundLabelled):
+    """(b,) labels meet (b, 1) scores: (b, b)."""
+    def loss(self, xb, yb):
+        s = self.nets_.scorer(xb)
+        return dict(deviation=((1 - yb) * s.abs() + yb * F.relu(5 - s)).mean())
+
+
+class SwappedArguments(SoundLabelled):
+    """Labels and predictions exchanged: the gradient no longer knows the labels."""
+    def loss(self, xb, yb):
+        y, s = self.score(xb), yb
+        return dict(deviation=((1 - y) * s.abs() + y * F.relu(5 - s)).mean())
+
+
+class IgnoresLabels(SoundLabelled):
+    def loss(self, xb, yb): return super().loss(xb, torch.zeros_like(yb))
+
+
+class LabelsFlipped(SoundLabelled):
+    def loss(self, xb, yb): return super().loss(xb, 1 - yb)
+
+
+MUTANTS = {
+    NoBackward: 'learns', NoStep: 'learns', FrozenDecoder: 'learns', Ascends: 'learns', ConstantScore: 'scores_are_numbers',
+    WrongSign: 'higher_is_anomalous', BatchStatistics: 'alone_as_in_a_batch', DropoutOn: 'same_twice', SeededDropoutOn: 'alone_as_in_a_batch',
+    ScaledByBatch: 'alone_as_in_a_batch', ScaledByCall: 'alone_as_in_a_batch', Unseeded: 'seed_decides', IgnoresSeed: 'seed_decides',
+    SeedsTheWorld: 'leaves_the_world_alone', DrawsFromNumpy: 'leaves_the_world_alone', SwitchesGradientsOff: 'leaves_the_world_alone',
+    ChangesItsInput: 'leaves_the_world_alone', ForgetsAWeight: 'save_and_load', ForgetsAWeightQuietly: 'save_and_load',
+    NetworkOutsideNets: 'save_and_load', ThresholdFromTest: 'threshold_from_training', ThresholdMoves: 'threshold_from_training',
+    ThresholdTooHigh: 'threshold_from_training', NetworkMadeInInit: 'explicit_parameters', ReturnsNothing: 'fit_returns_self',
+    ChangesItsParameter: 'explicit_parameters', RemembersTheFirstFit: 'refit_starts_anew', ClipsBadInput: 'bad_input_is_refused',
+    FirstImageOnly: 'alone_as_in_a_batch', Broadcast: 'images_do_not_mix', BroadcastLabels: 'labels_matter',
+    SwappedArguments: 'labels_matter', IgnoresLabels: 'labels_matter', LabelsFlipped: 'higher_is_anomalous',
+}
+
+
+@pytest.mark.parametrize('mutant', MUTANTS, ids=lambda m: m.__name__)
+def test_mutant_is_caught(mutant):
+    with torch.random.fork_rng(), pytest.raises(BrokenPromise) as caught:
+        try: check_detector(mutant(), only=[MUTANTS[mutant]])
+        finally: torch.set_grad_enabled(True)
+    assert list(caught.value.broken) == [MUTANTS[mutant]]
+
+
+def test_a_loss_of_shape_b_b_is_refused_by_the_loop():
+    class Matrix(SoundLabelled):
+        def loss(self, xb, yb): return dict(deviation=(self.nets_.scorer(xb) - yb).square())
+    x = np.random.default_rng(0).random((20, 1, 8, 8), dtype='float32')
+    with pytest.raises(ValueError, match=r"'deviation' has shape \(20, 20\)"):
+        Matrix(verbose=False).fit(x, np.repeat([0, 1], 10))
+
+
+def test_every_promise_is_broken_by_some_mutant_or_named_test():
+    elsewhere = {'form_does_not_matter', 'empty_is_empty', 'constant_images_do_no_harm', 'maps_are_images'}
+    assert set(PROMISES) - set(MUTANTS.values()) == elsewhere
+
+
+class FormMatters(Sound):
+    def decision_function(self, x):
+        s = super().decision_function(x)
+        return s * 2 if isinstance(x, np.ndarray) and x.dtype == np.uint8 else s
+
+
+class EmptyFails(Sound):
+    def decision_function(self, x): return super().decision_function(x) / min(1, int(1e9 / len(x)))
+
+
+class ConstantHarms(Sound):
+    def score(self, xb): return super().score(xb) / self.spread_
+    def train(self, data):
+        super().train(data)
+        self.spread_ = float(torch.cat([xb for xb, _ in data.batches(64)]).std())
+        if self.spread_ == 0: self.spread_ = float('nan')
+
+
+class MapOfWrongShape(Sound):
+    def pixel_score(self, xb): return self.errors(xb).sum(1)[:, ::2, ::2]
+
+
+class MapOfNormal(Sound):
+    def pixel_score(self, xb): return -super().pixel_score(xb)
+
+
+@pytest.mark.parametrize('mutant, promise', [(FormMatters, 'form_does_not_matter'), (EmptyFails, 'empty_is_empty'),
+    (ConstantHarms, 'constant_images_do_no_harm'), (MapOfWrongShape, 'maps_are_images'), (MapOfNormal, 'maps_are_images')])
+def test_the_rarer_promises(mutant, promise):
+    with pytest.raises(BrokenPromise) as caught: check_detector(mutant(), only=[promise])
+    assert promise in caught.value.broken
