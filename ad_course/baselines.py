@@ -6,7 +6,7 @@
 __all__ = ['ClosedForm', 'MeanImage', 'PCA', 'KNN']
 
 # %% ../nbs/0_foundations/06_baselines.ipynb #00000005
-import warnings
+import numbers, warnings
 from dataclasses import dataclass
 import numpy as np
 import torch
@@ -40,15 +40,16 @@ class PCA(ClosedForm):
 
     def check_params(self):
         super().check_params()
-        self.require(self.components > 0 and (self.components < 1 or self.components == int(self.components)),
+        c = self.components
+        self.require(isinstance(c, numbers.Real) and 0 < c < float('inf') and (c < 1 or c == int(c)),
                      'components', 'a share of variance between 0 and 1, or a whole number')
 
     def learn(self, rows):
         rows, k = rows.cpu().numpy(), self.components
         if not np.ptp(rows, axis=0).any(): raise ValueError('all training images are the same: there is no plane to fit')
         if k > min(rows.shape): raise ValueError(f'{k} components need as many images and pixels; got {rows.shape[0]} images of {rows.shape[1]} pixels')
-        pca = LinearPCA(k if k < 1 else int(k), svd_solver='full').fit(rows)
-        self.mean_, self.components_ = (torch.as_tensor(a, dtype=torch.float32, device=self.place()) for a in (pca.mean_, pca.components_))
+        pca = LinearPCA(float(k) if k < 1 else int(k), svd_solver='full').fit(rows)
+        self.mean_, self.components_ = (torch.as_tensor(np.ascontiguousarray(a), dtype=torch.float32, device=self.place()) for a in (pca.mean_, pca.components_))
 
     def residual(self, xb):
         """What the plane cannot hold of each image: (b, d)."""
@@ -66,7 +67,7 @@ class KNN(ClosedForm):
 
     def check_params(self):
         super().check_params()
-        self.require(isinstance(self.k, int) and self.k >= 1, 'k', 'a whole number, 1 or more')
+        self.require_whole('k', 1)
 
     def learn(self, rows):
         if len(rows) <= self.k: raise ValueError(f'{self.k} neighbors need more than {self.k} images; got {len(rows)}')

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'load', 'PROMISES', 'as_tensor', 'index_batches', 'to_batch', 'Memory', 'Disk', 'isolated', 'total_loss',
-           'Hooks', 'Loop', 'Fitting', 'Checks', 'Scoring', 'to_json', 'from_json', 'known_detectors',
-           'write_atomically', 'Saving', 'read_file', 'Loading', 'Detector', 'BrokenPromise', 'promise', 'world',
-           'Trial', 'check', 'expect_error', 'same', 'explicit_parameters', 'fit_returns_self', 'refit_starts_anew',
-           'scores_are_numbers', 'higher_is_anomalous', 'learns', 'same_twice', 'alone_as_in_a_batch',
-           'form_does_not_matter', 'empty_is_empty', 'seed_decides', 'leaves_the_world_alone',
+           'Hooks', 'Steps', 'Loop', 'Fitting', 'Thresholds', 'Checks', 'Scoring', 'Batchwise', 'to_json', 'from_json',
+           'known_detectors', 'write_atomically', 'digest', 'Saving', 'read_file', 'Loading', 'Places', 'Detector',
+           'BrokenPromise', 'promise', 'world', 'Trial', 'check', 'expect_error', 'same', 'explicit_parameters',
+           'fit_returns_self', 'refit_starts_anew', 'scores_are_numbers', 'higher_is_anomalous', 'learns', 'same_twice',
+           'alone_as_in_a_batch', 'form_does_not_matter', 'empty_is_empty', 'seed_decides', 'leaves_the_world_alone',
            'threshold_from_training', 'save_and_load', 'bad_input_is_refused', 'constant_images_do_no_harm',
            'hook_loss', 'images_do_not_mix', 'labels_matter', 'maps_are_images', 'check_detector']
 
 # %% ../nbs/0_foundations/04_detector.ipynb #00000005
-import contextlib, json, numbers, os, random, tempfile, time, warnings
+import contextlib, hashlib, json, numbers, os, random, tempfile, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -44,7 +44,7 @@ def as_tensor(x, what='x', first=0):
 def index_batches(n, size, generator=None):
     """Indices 0..n-1 in batches: in order, or shuffled by `generator`. A last batch of one joins the batch before."""
     order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
-    batches = list(order.split(size))
+    batches = list(order.split(int(size)))
     if len(batches) > 1 and len(batches[-1]) == 1: batches[-2:] = [torch.cat(batches[-2:])]
     return batches
 
@@ -55,7 +55,7 @@ def to_batch(x, device):
     x = x.float() / 255 if x.dtype == torch.uint8 else x.clone()
     return x.contiguous(memory_format=torch.channels_last)
 
-
+# %% ../nbs/0_foundations/04_detector.ipynb #00000011
 class Memory:
     """Images (and labels) held on the device: `batches` slices them there."""
     def __init__(self, x, y=None, device='cpu'):
@@ -71,7 +71,13 @@ class Memory:
             on_device = index.to(self.device)
             yield to_batch(self.x[on_device], self.device), self.y[index].to(self.device)
 
-# %% ../nbs/0_foundations/04_detector.ipynb #00000011
+# %% ../nbs/0_foundations/04_detector.ipynb #00000013
+class _Chunks(Dataset):
+    def __init__(self, disk, chunks): self.disk, self.chunks = disk, chunks
+    def __len__(self): return len(self.chunks)
+    def __getitem__(self, i): return self.disk.read(self.chunks[i])
+
+# %% ../nbs/0_foundations/04_detector.ipynb #00000014
 class Disk:
     """Images of a `Dataset`, read when needed: items are images (c, h, w) or pairs (image, label)."""
     def __init__(self, dataset, y=None, device='cpu', workers=0, labelled=False):
@@ -85,12 +91,18 @@ class Disk:
     def read(self, index):
         """Images (b, c, h, w) and labels (b,) at these positions, checked."""
         items = [self.dataset[int(i)] for i in index]
-        items = [i if isinstance(i, (tuple, list)) else (i,) for i in items]
-        x = as_tensor(np.stack([np.asarray(image) for image, *_ in items]), 'the Dataset', first=int(index[0]))
+        items = [i if isinstance(i, (tuple, list)) and len(i) else (i,) for i in items]
+        x = [as_tensor(image[None] if hasattr(image, 'shape') else np.asarray(image)[None], 'the Dataset', i) for i, (image, *_) in zip(index, items)]
+        self.like = getattr(self, 'like', x[0][:0])
+        for i, one in zip(index, x):
+            if one.shape[1:] != self.like.shape[1:] or one.dtype != self.like.dtype:
+                raise ValueError(f'images of a Dataset must be alike: image 0 is {tuple(self.like.shape[1:])} {self.like.dtype}, image {int(i)} is {tuple(one.shape[1:])} {one.dtype}')
+        x = torch.cat(x)
         if self.y is not None: return x, self.y[index]
-        y = torch.tensor([int(rest[0]) if rest and self.labelled else 0 for _, *rest in items])
-        if not ((y == 0) | (y == 1)).all(): raise ValueError(f'labels of a Dataset must be 0 (normal) or 1 (anomaly); got {y.unique().tolist()}')
-        return x, y
+        y = [rest[0] if rest and self.labelled else 0 for _, *rest in items]
+        for i, label in zip(index, y):
+            if label not in (0, 1): raise ValueError(f'labels of a Dataset must be 0 (normal) or 1 (anomaly); item {int(i)} has {label!r}')
+        return x, torch.tensor([int(label) for label in y])
 
     def batches(self, size, generator=None):
         """As `Memory.batches`; only a batch (times the workers) is held at once."""
@@ -98,36 +110,32 @@ class Disk:
         for x, y in DataLoader(_Chunks(self, chunks), batch_size=None, num_workers=self.workers, generator=torch.Generator()):
             yield to_batch(x, self.device), y.to(self.device)
 
-
-class _Chunks(Dataset):
-    def __init__(self, disk, chunks): self.disk, self.chunks = disk, chunks
-    def __len__(self): return len(self.chunks)
-    def __getitem__(self, i): return self.disk.read(self.chunks[i])
-
-# %% ../nbs/0_foundations/04_detector.ipynb #00000015
+# %% ../nbs/0_foundations/04_detector.ipynb #00000018
 @contextlib.contextmanager
 def isolated(seed, device='cpu'):
     """Inside: randomness from `seed` alone, gradients on, float32. Afterwards: all global state as it was found."""
     devices = [device] if torch.device(device).type == 'cuda' else []
     dtype = torch.get_default_dtype()
-    with torch.random.fork_rng(devices=devices), torch.enable_grad():
-        torch.default_generator.manual_seed(seed)
+    with torch.random.fork_rng(devices=devices), torch.inference_mode(False), torch.enable_grad(), torch.autocast(torch.device(device).type, enabled=False):
+        torch.default_generator.manual_seed(int(seed))
         if devices: torch.cuda.manual_seed(seed)
         torch.set_default_dtype(torch.float32)
         try: yield
         finally: torch.set_default_dtype(dtype)
 
-# %% ../nbs/0_foundations/04_detector.ipynb #0000001b
+# %% ../nbs/0_foundations/04_detector.ipynb #0000001e
 def total_loss(terms, b):
     """The sum of the named terms. Each is a number or one number an image (b,), which is averaged; else ValueError."""
     if not isinstance(terms, dict): raise TypeError(f'a loss is a dict of named terms, e.g. dict(reconstruction=...); got {type(terms).__name__}')
+    if not terms: raise ValueError('a loss needs at least one term, e.g. dict(reconstruction=...)')
     for name, term in terms.items():
+        if not torch.is_tensor(term): raise TypeError(f'loss term {name!r} must be a tensor, not {type(term).__name__}: {term!r}')
         if tuple(term.shape) not in ((), (b,)):
             raise ValueError(f'loss term {name!r} has shape {tuple(term.shape)}; it must be () or ({b},), one number an image. '
                              'Did a (b,) meet a (b, 1)?')
     return sum(term.mean() for term in terms.values())
 
-# %% ../nbs/0_foundations/04_detector.ipynb #0000001e
+# %% ../nbs/0_foundations/04_detector.ipynb #00000021
 class Hooks:
     """What a method may define. Networks are reached as `self.nets_.<name>`."""
     uses_labels = False   # True: `loss(xb, yb)` and `step(xb, yb)` also get labels, 1 = anomaly
@@ -150,6 +158,13 @@ class Hooks:
         """Anomaly score of each pixel, (b, h, w), where the method localizes."""
         raise NotImplementedError(f'{type(self).__name__} does not localize')
 
+    def threshold_rule(self, scores):
+        """The threshold from the scores (n,) of normal images; default: their quantile 1 - contamination."""
+        return np.quantile(scores, 1 - self.contamination)
+
+# %% ../nbs/0_foundations/04_detector.ipynb #00000023
+class Steps:
+    """How the training goes, unless a method says otherwise."""
     def optimizers(self):
         """Name -> optimizer. The default: one Adam over all networks."""
         return dict(all=self.adam(*self.nets_))
@@ -170,17 +185,13 @@ class Hooks:
     def after_epoch(self, data):
         """Called after each epoch, for example to move a center."""
 
-    def threshold_rule(self, scores):
-        """The threshold from the scores (n,) of normal images; default: their quantile 1 - contamination."""
-        return np.quantile(scores, 1 - self.contamination)
-
-# %% ../nbs/0_foundations/04_detector.ipynb #00000020
+# %% ../nbs/0_foundations/04_detector.ipynb #00000025
 class Loop:
     """The one training loop."""
     def run(self, data, epochs, step=None, label=''):
         """Train for some epochs with `step` (default: self.step); the mean of each term goes to history_[label + name]."""
         step = step or self.step
-        order = torch.Generator().manual_seed(self.seed)
+        order = torch.Generator().manual_seed(int(self.seed))
         for _ in tqdm(range(epochs), f'{type(self).__name__} {label}'.strip(), leave=False, disable=self.quiet()):
             self.nets_.train()
             start, sums = time.perf_counter(), {}
@@ -208,7 +219,7 @@ class Loop:
         parameters = [p for name in names for p in self.nets_[name].parameters()]
         return torch.optim.Adam(parameters, lr=self.lr, fused=self.place().type in ('cpu', 'cuda')) if parameters else None
 
-# %% ../nbs/0_foundations/04_detector.ipynb #00000022
+# %% ../nbs/0_foundations/04_detector.ipynb #00000027
 class Fitting:
     """`fit`: check, build, train, set the threshold; all or nothing, except that an interruption keeps what was learned."""
     def fit(self, x, y=None):
@@ -234,15 +245,34 @@ class Fitting:
         self.nets_ = nn.ModuleDict(nets).to(data.device, torch.float32, memory_format=torch.channels_last)
         self.optimizers_ = self.optimizers()
         try: self.train(data)
-        except KeyboardInterrupt: warnings.warn('fit was interrupted: the model is what had been learned by then')
+        except KeyboardInterrupt:
+            if not any(p.numel() for p in self.nets_.parameters()): raise  # learned in one piece or not at all
+            warnings.warn('fit was interrupted: the model is what had been learned by then')
         del self.optimizers_
         self.nets_.eval()
         self.set_threshold(data)
 
+# %% ../nbs/0_foundations/04_detector.ipynb #00000029
+class Thresholds:
+    """Where `threshold_` comes from: normal images, never test images."""
+    def calibrate(self, x):
+        """Set `threshold_` from normal images x that `fit` has not seen; the scores do not change. Returns self."""
+        scores = self.decision_function(x)
+        if not len(scores): raise ValueError('calibrate needs at least one image')
+        self.threshold_ = self.checked_threshold(scores)
+        return self
+
     def set_threshold(self, data):
         """`threshold_` from the scores of the training images that are not labelled anomalies."""
         scores, labels = self.training_scores(data)
-        self.threshold_ = float(self.threshold_rule(scores[labels == 0]))
+        if not (labels == 0).any(): raise ValueError('every label is 1: no normal image to learn from')
+        self.threshold_ = self.checked_threshold(scores[labels == 0])
+
+    def checked_threshold(self, scores):
+        """What `threshold_rule` says; ValueError where it is not a number."""
+        threshold = float(self.threshold_rule(scores))
+        if np.isnan(threshold): raise ValueError(f'{type(self).__name__}.threshold_rule gave NaN for {len(scores)} scores')
+        return threshold
 
     def training_scores(self, data):
         """Scores (n,) and labels (n,) of the training images, from which the threshold comes."""
@@ -250,52 +280,48 @@ class Fitting:
         try:
             for pair in self.each_batch(self.score, data, dims=1): pairs.append(pair)
         except KeyboardInterrupt:
-            if not pairs: raise
-            warnings.warn('interrupted again: the threshold comes from some of the training images only')
+            early = not any((y == 0).any() for _, y in pairs)
+            warnings.warn('interrupted while scoring the training images: the threshold comes from ' + ('all of them, once more' if early else 'some of them only'))
+            if early: pairs = list(self.each_batch(self.score, data, dims=1))
         scores, labels = zip(*pairs)
         return np.concatenate(scores), np.concatenate(labels)
 
-# %% ../nbs/0_foundations/04_detector.ipynb #00000024
+# %% ../nbs/0_foundations/04_detector.ipynb #0000002b
 class Checks:
     """What `fit` refuses before it begins."""
     def require(self, ok, name, want):
         """ValueError that names the hyper-parameter, what it must be, and what it is."""
         if not ok: raise ValueError(f'{type(self).__name__}: {name} must be {want}; got {getattr(self, name)!r}')
 
+    def require_whole(self, name, least, most=2**63 - 1):
+        """ValueError unless a hyper-parameter is a whole number from `least` on."""
+        v = getattr(self, name)
+        self.require(isinstance(v, numbers.Integral) and not isinstance(v, bool) and least <= v <= most, name, f'a whole number, {least} or more')
+
     def check_params(self):
         """Hyper-parameters in their ranges; methods extend this and call super()."""
-        whole = lambda v: isinstance(v, numbers.Integral) and not isinstance(v, bool)
         number = lambda v: isinstance(v, numbers.Real) and np.isfinite(v)
-        self.require(whole(self.epochs) and self.epochs >= 0, 'epochs', 'a whole number, 0 or more')
-        self.require(whole(self.batch_size) and self.batch_size >= 1, 'batch_size', 'a whole number, 1 or more')
+        for name, least in dict(epochs=0, batch_size=1, seed=0, workers=0).items(): self.require_whole(name, least)
         self.require(number(self.lr) and self.lr > 0, 'lr', 'a number above 0')
         self.require(number(self.contamination) and 0 < self.contamination < 1, 'contamination', 'between 0 and 1, both excluded')
-        self.require(whole(self.seed) and self.seed >= 0, 'seed', 'a whole number, 0 or more')
         self.require(self.precision in ('auto', 'float32', 'bfloat16'), 'precision', "'auto', 'float32' or 'bfloat16'")
 
     def check_labels(self, y, n):
         """Labels as a tensor (n,) of 0 and 1; a warning where they would have no effect."""
-        y = np.asarray(y)
+        y = np.asarray(y.detach().cpu() if torch.is_tensor(y) else y)
         if y.shape != (n,): raise ValueError(f'y must have one label for each of the {n} images; got shape {y.shape}')
-        if not np.isin(y, (0, 1)).all(): raise ValueError(f'y must be 0 (normal) or 1 (anomaly); got {np.unique(y)[:5]}')
+        if not np.isin(y, (0, 1)).all(): raise ValueError(f'y must be 0 (normal) or 1 (anomaly); got {y[~np.isin(y, (0, 1))][:5].tolist()}')
         if y.all(): raise ValueError('every label is 1: no normal image to learn from')
         if y.any() and not self.uses_labels:
             warnings.warn(f'{type(self).__name__} does not use labels: the {int(y.sum())} labelled anomalies count as normal images')
-        return torch.as_tensor(y.astype('int64'))
+        return torch.as_tensor(y.astype('int64')) * self.uses_labels
 
-# %% ../nbs/0_foundations/04_detector.ipynb #00000026
+# %% ../nbs/0_foundations/04_detector.ipynb #0000002d
 class Scoring:
     """From images to scores, predictions and maps."""
     def decision_function(self, x):
         """Anomaly score of each image, (n,) float32. HIGHER = MORE ANOMALOUS (scikit-learn's own detectors: lower)."""
         return self.for_each(self.score, x, dims=1)
-
-    def calibrate(self, x):
-        """Set `threshold_` from normal images x that `fit` has not seen; the scores do not change. Returns self."""
-        scores = self.decision_function(x)
-        if not len(scores): raise ValueError('calibrate needs at least one image')
-        self.threshold_ = float(self.threshold_rule(scores))
-        return self
 
     def predict(self, x):
         """1 where the score exceeds `threshold_`, else 0: (n,) int64."""
@@ -308,18 +334,23 @@ class Scoring:
             raise NotImplementedError(f'{type(self).__name__} gives no anomaly map; methods that do: {", ".join(able) or "none imported yet"}')
         return self.for_each(self.pixel_score, x, dims=3)
 
+# %% ../nbs/0_foundations/04_detector.ipynb #0000002f
+class Batchwise:
+    """Hooks, batch by batch."""
     def for_each(self, f, x, dims=None):
         """Run the hook `f` over all images, batch by batch, and stack its answers into one array (n, ...) of so many dims."""
         if not hasattr(self, 'threshold_'): raise NotFittedError(f'this {type(self).__name__} is not fitted yet: call fit(x) first')
         data = self.source(x)
         if data.shape != self.shape_: raise ValueError(f'fitted on images of shape {self.shape_}, got {data.shape} (channels, height, width)')
         parts = [out for out, _ in self.each_batch(f, data, dims)]
-        return np.concatenate(parts) if parts else np.zeros((0,) + (1,) * ((dims or 1) - 1), 'float32')
+        if parts: return np.concatenate(parts)
+        blank = Memory(np.zeros((1, *data.shape), 'float32'), device=data.device)  # to learn the shape of an answer
+        return next(self.each_batch(f, blank, dims))[0][:0]
 
     def each_batch(self, f, data, dims=None):
         """Answers of the hook with the labels, batch by batch; ValueError for a wrong shape, FloatingPointError for NaN."""
         self.nets_.eval()
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(self.place().type, enabled=False):
             for xb, yb in data.batches(self.batch_size) if len(data) else ():
                 out = f(xb)
                 if len(out) != len(xb) or dims not in (None, out.ndim):
@@ -327,7 +358,7 @@ class Scoring:
                 if not out.isfinite().all(): raise FloatingPointError(f'{type(self).__name__}.{f.__name__} gave a value that is not finite')
                 yield out.float().cpu().numpy(), yb.cpu().numpy()
 
-# %% ../nbs/0_foundations/04_detector.ipynb #00000029
+# %% ../nbs/0_foundations/04_detector.ipynb #00000031
 def to_json(value):
     """A value as JSON can hold it; tuples and numpy numbers are marked or converted. TypeError for anything else."""
     if isinstance(value, tuple): return {'tuple': [to_json(v) for v in value]}
@@ -337,7 +368,7 @@ def to_json(value):
     if value is None or isinstance(value, (bool, int, float, str)): return value
     raise TypeError(f'cannot be saved: {value!r}; a hyper-parameter or learned attribute must be numbers, text, tensors, or lists, tuples, dicts of them')
 
-
+# %% ../nbs/0_foundations/04_detector.ipynb #00000032
 def from_json(value):
     """The inverse of `to_json`."""
     if isinstance(value, list): return [from_json(v) for v in value]
@@ -345,17 +376,18 @@ def from_json(value):
     if isinstance(value, dict): return {from_json(k): from_json(v) for k, v in value['dict']}
     return value
 
-# %% ../nbs/0_foundations/04_detector.ipynb #0000002b
+# %% ../nbs/0_foundations/04_detector.ipynb #00000034
 def known_detectors():
     """Every detector class that has been imported, in the order of definition."""
     found, todo = [], [Detector]
     while todo: new = todo.pop(0).__subclasses__(); found += new; todo += new
     return found
 
-
+# %% ../nbs/0_foundations/04_detector.ipynb #00000035
 def write_atomically(path, content):
     """Write bytes beside `path`, then move them into place: the old file or the new one, never half of one."""
     path = Path(path)
+    if not path.absolute().parent.is_dir(): raise FileNotFoundError(f'no folder {path.absolute().parent} to write {path.name} to')
     temporary = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
         with open(temporary, 'wb') as f: f.write(content); f.flush(); os.fsync(f.fileno())
@@ -364,16 +396,25 @@ def write_atomically(path, content):
         temporary.unlink(missing_ok=True)
         raise
 
-# %% ../nbs/0_foundations/04_detector.ipynb #0000002c
+# %% ../nbs/0_foundations/04_detector.ipynb #00000036
 FORMAT = 'ad_course detector, format 1'
 
+# %% ../nbs/0_foundations/04_detector.ipynb #00000037
+def digest(head, tensors):
+    """SHA-256 of all that a file holds: a flipped bit in a weight or a setting must not go unseen."""
+    return hashlib.sha256(json.dumps({**head, 'digest': ''}, sort_keys=True).encode() + to_safetensors(tensors)).hexdigest()
 
+# %% ../nbs/0_foundations/04_detector.ipynb #00000038
 class Saving:
     """To one safetensors file."""
     def save(self, path):
         """Write the fitted detector to `path`, all or nothing. Load it with `load(path)` of its class."""
         if not hasattr(self, 'threshold_'): raise NotFittedError('nothing to save: call fit(x) first')
-        tensors = {f'nets_.{k}': v for k, v in self.nets_.state_dict().items()}
+        with isolated(self.seed): rebuilt = nn.ModuleDict(self.networks(self.shape_)).state_dict()
+        nets = self.nets_.state_dict()
+        if {k: v.shape for k, v in nets.items()} != {k: v.shape for k, v in rebuilt.items()}:
+            raise ValueError('the hyper-parameters were changed after fit and no longer describe the networks: fit again, or set them back, then save')
+        tensors = {f'nets_.{k}': v for k, v in nets.items()}
         plain = {}
         for name, value in vars(self).items():
             if not name.endswith('_') or name == 'nets_': continue
@@ -381,20 +422,22 @@ class Saving:
             else: plain[name] = to_json(value)
         head = dict(format=FORMAT, detector=type(self).__name__, module=type(self).__module__,
                     params=json.dumps({k: to_json(v) for k, v in self.get_params().items()}), learned=json.dumps(plain))
-        write_atomically(path, to_safetensors({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, head))
+        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+        write_atomically(path, to_safetensors(tensors, {**head, 'digest': digest(head, tensors)}))
 
-# %% ../nbs/0_foundations/04_detector.ipynb #0000002e
+# %% ../nbs/0_foundations/04_detector.ipynb #0000003a
 def read_file(path):
     """(header, tensors) of a file that `save` wrote. FileNotFoundError, or ValueError where it is not such a file."""
     if not Path(path).is_file(): raise FileNotFoundError(f'no file {path}')
     try:
         with safe_open(path, framework='pt') as f:
-            head, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+            head, tensors = f.metadata() or {}, {k: f.get_tensor(k).clone() for k in f.keys()}  # else views of the file
     except (SafetensorError, OSError, UnicodeDecodeError) as e: raise ValueError(f'{path} is damaged or no safetensors file: {e}') from None
     if head.get('format') != FORMAT: raise ValueError(f"{path} was not written by a detector's save (format {head.get('format')!r}, not {FORMAT!r})")
+    if head.get('digest') != digest(head, tensors): raise ValueError(f'{path} is damaged: its content does not match its digest')
     return head, tensors
 
-
+# %% ../nbs/0_foundations/04_detector.ipynb #0000003b
 class Loading:
     """Back from such a file."""
     @classmethod
@@ -404,7 +447,7 @@ class Loading:
         device: where the model goes; it need not be where it was trained. Nothing in the file is executed.
         """
         head, tensors = read_file(path)
-        name, module = head['detector'], head['module']
+        name, module = head.get('detector'), head.get('module')
         named = [c for c in known_detectors() if c.__name__ == name]
         if not named: raise ValueError(f'{path} holds a {name}: import it first, from {module} import {name}')
         kind = next((c for c in named if c.__module__ == module), named[-1])
@@ -415,35 +458,27 @@ class Loading:
     def _revive(cls, path, head, tensors, device):
         try:
             self = cls(**{k: from_json(v) for k, v in json.loads(head['params']).items()}).set_params(device=device)
-            for name, value in json.loads(head['learned']).items(): setattr(self, name, from_json(value))
-            place = self.place()
+            self.check_params()
+            learned = {k: from_json(v) for k, v in json.loads(head['learned']).items()}
+            learned.update((k, v) for k, v in tensors.items() if not k.startswith('nets_.'))
+            wrong = [k for k in learned if not k.endswith('_') or k.startswith('_')] + [k for k in ('shape_', 'history_', 'threshold_') if k not in learned]
+            if wrong: raise KeyError(f'learned attributes that are missing or foreign: {wrong}')
+            for k, v in learned.items(): setattr(self, k, v.to(self.place()) if torch.is_tensor(v) else v)
             with isolated(self.seed): self.nets_ = nn.ModuleDict(self.networks(self.shape_))
             self.nets_.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith('nets_.')})
-            self.nets_.to(place, memory_format=torch.channels_last).eval()
-            for name, value in tensors.items():
-                if not name.startswith('nets_.'): setattr(self, name, value.to(place))
-        except (KeyError, TypeError, RuntimeError, AttributeError) as e:
+            self.nets_.to(self.place(), memory_format=torch.channels_last).eval()
+        except Exception as e:  # whatever a foreign header may provoke
             raise ValueError(f'{path} does not fit this version of {cls.__name__}: {e}') from None
         return self
 
-# %% ../nbs/0_foundations/04_detector.ipynb #00000030
-@dataclass(kw_only=True, eq=False, repr=False)
-class Detector(Hooks, Loop, Fitting, Checks, Scoring, Saving, Loading, BaseEstimator):
-    """The base of all detectors: subclass it, define `networks`, `loss` and `score`. See Hooks for what else may be defined."""
-    epochs: int = 20             # passes over the images; 0 leaves the networks untrained
-    batch_size: int = 128        # images an update
-    lr: float = 1e-3             # learning rate of Adam
-    contamination: float = .05   # share of the training images that the threshold may call anomalous
-    seed: int = 0                # same seed, same model, on the same machine
-    device: str = 'auto'         # 'cpu', 'cuda', ...; 'auto' takes a GPU where there is one
-    precision: str = 'auto'      # of the training: 'float32', 'bfloat16'; 'auto' is bfloat16 on a GPU only
-    workers: int = 0             # processes that read a Dataset
-    verbose: bool = True         # a progress bar
-
+# %% ../nbs/0_foundations/04_detector.ipynb #0000003d
+class Places:
+    """Device, precision, and a random generator there."""
     def place(self):
         """The torch.device to compute on."""
-        if self.device != 'auto': return torch.device(self.device)
-        return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+        if self.device == 'auto': return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+        try: return torch.empty(0, device=self.device).device
+        except (RuntimeError, AssertionError, TypeError) as e: raise ValueError(f'device {self.device!r} cannot be used here: {e}') from None
 
     def source(self, x, y=None):
         """`x` as a source of batches; labels checked."""
@@ -455,16 +490,30 @@ class Detector(Hooks, Loop, Fitting, Checks, Scoring, Saving, Loading, BaseEstim
     def autocast(self):
         """Mixed precision for a training step, where it is wanted."""
         place = self.place().type
-        return torch.autocast(place, torch.bfloat16, enabled=self.precision == 'bfloat16' or (self.precision == 'auto' and place == 'cuda'))
+        return torch.autocast(place, torch.bfloat16, enabled=self.precision == 'bfloat16' or (self.precision == 'auto' and place == 'cuda'),
+                              cache_enabled=False)  # nested in another autocast, the cache would keep old weights
 
     def generator(self):
         """A fresh random generator from the seed, for draws that must be the same at every call, such as noise while scoring."""
-        return torch.Generator(self.place()).manual_seed(self.seed)
+        return torch.Generator(self.place()).manual_seed(int(self.seed))
 
+# %% ../nbs/0_foundations/04_detector.ipynb #0000003f
+@dataclass(kw_only=True, eq=False, repr=False)
+class Detector(Hooks, Steps, Loop, Fitting, Thresholds, Checks, Scoring, Batchwise, Saving, Loading, Places, BaseEstimator):
+    """The base of all detectors: subclass it, define `networks`, `loss` and `score`. See Hooks for what else may be defined."""
+    epochs: int = 20             # passes over the images; 0 leaves the networks untrained
+    batch_size: int = 128        # images an update
+    lr: float = 1e-3             # learning rate of Adam
+    contamination: float = .05   # share of the training images that the threshold may call anomalous
+    seed: int = 0                # same seed, same model, on the same machine
+    device: str = 'auto'         # 'cpu', 'cuda', ...; 'auto' takes a GPU where there is one
+    precision: str = 'auto'      # of the training: 'float32', 'bfloat16'; 'auto' is bfloat16 on a GPU only
+    workers: int = 0             # processes that read a Dataset
+    verbose: bool = True         # a progress bar
 
 load = Detector.load
 
-# %% ../nbs/0_foundations/04_detector.ipynb #00000040
+# %% ../nbs/0_foundations/04_detector.ipynb #0000004f
 class BrokenPromise(AssertionError):
     """A detector does not do what the contract says; `broken` maps the name of each promise it breaks to the reason."""
     def __init__(self, detector, broken):
@@ -474,19 +523,19 @@ class BrokenPromise(AssertionError):
 
 PROMISES = {}
 
-
+# %% ../nbs/0_foundations/04_detector.ipynb #00000050
 def promise(f):
     """Decorator: add a function of a Trial to PROMISES, under its name."""
     PROMISES[f.__name__] = f
     return f
 
-
+# %% ../nbs/0_foundations/04_detector.ipynb #00000051
 def world():
     """All global state that a detector has no business changing."""
     return (torch.get_rng_state().numpy().tobytes(), np.random.get_state()[1].tobytes(), np.random.get_state()[2], random.getstate(),
             torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
 
-
+# %% ../nbs/0_foundations/04_detector.ipynb #00000052
 class Trial:
     """Small real images, and fitted copies of a detector: everything a promise needs."""
     def __init__(self, detector, normal=3, n=120, seed=0):
@@ -512,12 +561,12 @@ class Trial:
         if key not in self.fits: self.fits[key] = self.fit(self.fresh(**params))
         return self.fits[key]
 
-# %% ../nbs/0_foundations/04_detector.ipynb #00000041
+# %% ../nbs/0_foundations/04_detector.ipynb #00000053
 def check(ok, why):
     """AssertionError with a reason."""
     if not ok: raise AssertionError(why)
 
-
+# %% ../nbs/0_foundations/04_detector.ipynb #00000054
 def expect_error(kinds, f, *args, why):
     """`f` must fail with one of these kinds and a message of some length."""
     try: f(*args)
@@ -525,13 +574,13 @@ def expect_error(kinds, f, *args, why):
     except Exception as e: check(False, f'{why}: {type(e).__name__} instead of a clear error: {e}')
     else: check(False, f'{why}: no error')
 
-
+# %% ../nbs/0_foundations/04_detector.ipynb #00000055
 def same(a, b, why, rtol=1e-3):
     """Equal up to the rounding of 32-bit sums taken in another order, against the spread of the scores."""
     gap = np.abs(a - b).max()
     check(gap <= rtol * (np.std(b) + 1e-12) + 1e-5 * np.abs(b).max(), f'{why}: scores differ by {gap:.2g} where their spread is {np.std(b):.2g}')
 
-# %% ../nbs/0_foundations/04_detector.ipynb #00000043
+# %% ../nbs/0_foundations/04_detector.ipynb #00000057
 @promise
 def explicit_parameters(t):
     """Hyper-parameters are explicit, stored as given, not changed by fit; clone copies them."""
@@ -543,7 +592,7 @@ def explicit_parameters(t):
         type(d)(no_such_parameter=1)
         check(False, 'an unknown parameter is accepted')
 
-
+# %% ../nbs/0_foundations/04_detector.ipynb #00000059
 @promise
 def fit_returns_self(t):
     """fit returns self and leaves a threshold, a shape and a history; before it, scoring is a NotFittedError."""
@@ -552,14 +601,14 @@ def fit_returns_self(t):
     check(t.fit(d) is d, 'fit must return self')
     for name in ('threshold_', 'shape_', 'history_'): check(hasattr(d, name), f'{name} is missing after fit')
 
-
+# %% ../nbs/0_foundations/04_detector.ipynb #0000005b
 @promise
 def refit_starts_anew(t):
     """A second fit forgets the first."""
     d = t.fit(t.fit(t.fresh()))
     check(np.array_equal(d.decision_function(t.normal), t.fitted().decision_function(t.normal)), 'fitting twice differs from fitting once')
 
-# %% ../nbs/0_foundations/04_detector.ipynb #00000045
+# %% ../nbs/0_foundations/04_detector.ipynb #0000005d
 @promise
 def scores_are_numbers(t):
     """One finite float32 an image, and not all the same."""
@@ -568,7 +617,7 @@ def scores_are_numbers(t):
     check(np.isfinite(s).all(), 'a score is not finite')
     check(len(np.unique(s)) > len(s) / 2, f'scores are (nearly) constant: {len(np.unique(s))} values for {len(s)} images')
 
-
+# %% ../nbs/0_foundations/04_detector.ipynb #0000005f
 @promise
 def higher_is_anomalous(t):
     """An obvious anomaly, noise, scores higher than a normal image."""
@@ -576,7 +625,7 @@ def higher_is_anomalous(t):
     a = auroc(np.repeat([0, 1], [len(t.normal), len(t.noise)]), s)
     check(a > .9, f'noise against normal images has AUROC {a:.3f}: is the sign of the score right?')
 
-
+# %% ../nbs/0_foundations/04_detector.ipynb #00000061
 @promise
 def learns(t):
     """Training moves the weights of every network, lowers the loss, and ranks other digits better than the untrained network."""
@@ -594,14 +643,14 @@ def learns(t):
     a, b = auroc(y, d.decision_function(x)), auroc(y, raw.decision_function(x))
     check(a > max(b, .5), f'AUROC {a:.3f} against other digits; the untrained network has {b:.3f}')
 
-# %% ../nbs/0_foundations/04_detector.ipynb #00000047
+# %% ../nbs/0_foundations/04_detector.ipynb #00000063
 @promise
 def same_twice(t):
     """The same images get the same scores at every call."""
     d = t.fitted()
     check(np.array_equal(d.decision_function(t.normal), d.decision_function(t.normal)), 'two calls give two answers')
 
-
+# %% ../nbs/0_foundations/04_detector.ipynb #00000065
 @promise
 def alone_as_in_a_batch(t):
     """A score does not depend on the other images of the call, their order, or the batch size."""
@@ -614,7 +663,7 @@ def alone_as_in_a_batch(t):
     try: same(d.set_params(batch_size=7).decision_function(mixed), s, 'in batches of 7')
     finally: d.set_params(batch_size=size)
 
-
+# %% ../nbs/0_foundations/04_detector.ipynb #00000067
 @promise
 def form_does_not_matter(t):
     """Bytes or floats, (n, h, w) or (n, 1, h, w), array, tensor or Dataset: the same images, the same scores."""
@@ -624,13 +673,13 @@ def form_does_not_matter(t):
     same(d.decision_function(x8[:, 0]), s, '(n, h, w) against (n, 1, h, w)')
     same(d.decision_function(torch.utils.data.TensorDataset(torch.from_numpy(x8))), s, 'a Dataset against an array')
 
-
+# %% ../nbs/0_foundations/04_detector.ipynb #00000069
 @promise
 def empty_is_empty(t):
     """No images, no scores."""
     check(t.fitted().decision_function(t.normal[:0]).shape == (0,), 'zero images must give zero scores')
 
-# %% ../nbs/0_foundations/04_detector.ipynb #00000049
+# %% ../nbs/0_foundations/04_detector.ipynb #0000006b
 @promise
 def seed_decides(t):
     """The same seed gives the same scores, whatever was drawn before; another seed gives others."""
@@ -643,7 +692,7 @@ def seed_decides(t):
     other = t.fitted(seed=d.seed + 1)
     check(not np.array_equal(other.decision_function(t.normal), d.decision_function(t.normal)), 'another seed, the same scores')
 
-
+# %% ../nbs/0_foundations/04_detector.ipynb #0000006d
 @promise
 def leaves_the_world_alone(t):
     """Global state (random generators, gradients, dtype, threads) and the input are as they were."""
@@ -655,7 +704,7 @@ def leaves_the_world_alone(t):
     for name, a, b in zip(names, t.world, world()): check(a == b, f'{name} was changed')
     check(np.array_equal(x, t.x) and np.array_equal(y, t.y), 'the input was changed')
 
-# %% ../nbs/0_foundations/04_detector.ipynb #0000004b
+# %% ../nbs/0_foundations/04_detector.ipynb #0000006f
 @promise
 def threshold_from_training(t):
     """predict compares with threshold_, which training scores set and scoring never changes."""
@@ -664,11 +713,11 @@ def threshold_from_training(t):
     for x in (t.normal, t.noise, t.noise[:3]):
         check(np.array_equal(d.predict(x), (d.decision_function(x) > d.threshold_).astype(int)), 'predict disagrees with threshold_')
     check(d.threshold_ == before, 'scoring changed the threshold')
-    if (type(d).threshold_rule, type(d).training_scores) == (Hooks.threshold_rule, Fitting.training_scores):
+    if (type(d).threshold_rule, type(d).training_scores) == (Hooks.threshold_rule, Thresholds.training_scores):
         share, n = d.predict(t.x[t.y == 0]).mean(), (t.y == 0).sum()
         check(abs(share - d.contamination) <= 1.5 / n + .01, f'{share:.1%} of the training images exceed the threshold; contamination is {d.contamination:.1%}')
 
-
+# %% ../nbs/0_foundations/04_detector.ipynb #00000071
 @promise
 def save_and_load(t):
     """A loaded detector has the same parameters, threshold and scores, bit by bit."""
@@ -685,7 +734,7 @@ def save_and_load(t):
     except Exception as e: raise AssertionError(f'the loaded detector cannot score: {e!r}; was a learned attribute named without a final underscore?') from e
     check(np.array_equal(s, d.decision_function(x)), 'the loaded detector gives other scores; was a weight forgotten?')
 
-# %% ../nbs/0_foundations/04_detector.ipynb #0000004d
+# %% ../nbs/0_foundations/04_detector.ipynb #00000073
 @promise
 def bad_input_is_refused(t):
     """Wrong shapes, types and values are clear errors, in fit and in scoring, and leave a fitted detector as it was."""
@@ -702,7 +751,7 @@ def bad_input_is_refused(t):
     for n in (0, 1): expect_error(ValueError, d.fit, t.x[:n], why=f'fitting {n} images')
     check(np.array_equal(d.decision_function(t.normal), s), 'a failed call changed the fitted detector')
 
-
+# %% ../nbs/0_foundations/04_detector.ipynb #00000075
 @promise
 def constant_images_do_no_harm(t):
     """Images without any variation give finite scores or a clear ValueError."""
@@ -712,14 +761,14 @@ def constant_images_do_no_harm(t):
     except ValueError as e: check(len(str(e)) > 10, 'the error says too little')
     else: check(np.isfinite(s).all(), 'scores are not finite')
 
-# %% ../nbs/0_foundations/04_detector.ipynb #0000004f
+# %% ../nbs/0_foundations/04_detector.ipynb #00000077
 def hook_loss(d, x, y):
     """The value of the loss hook on these images, networks in eval mode, noise from a fixed seed."""
     xb, yb = next(d.source(x, y if d.uses_labels else None).batches(len(x)))
     d.nets_.eval()
     with isolated(0), torch.no_grad(): return float(total_loss(d.loss(xb, *([yb] if d.uses_labels else [])), len(xb)))
 
-
+# %% ../nbs/0_foundations/04_detector.ipynb #00000078
 @promise
 def images_do_not_mix(t):
     """The loss of a batch is the mean of the losses of its images, unless the method says otherwise."""
@@ -733,7 +782,7 @@ def images_do_not_mix(t):
     pairs = [hook_loss(d, x[[i, i + 4]], y[[i, i + 4]]) for i in range(4)]  # each pair holds a normal label
     check(np.isclose(np.mean(pairs), hook_loss(d, x, y), rtol=1e-3), 'the loss of a batch is not the mean over its images: did a (b,) meet a (b, 1)?')
 
-
+# %% ../nbs/0_foundations/04_detector.ipynb #0000007a
 @promise
 def labels_matter(t):
     """Where labels are used: flipping them flips the ranking, and the loss knows which image a label belongs to."""
@@ -749,7 +798,7 @@ def labels_matter(t):
     a, b = auroc(truth, right), auroc(truth, wrong)
     check(a > .5 > b, f'AUROC {a:.3f} with right labels, {b:.3f} with flipped labels')
 
-# %% ../nbs/0_foundations/04_detector.ipynb #00000050
+# %% ../nbs/0_foundations/04_detector.ipynb #0000007b
 @promise
 def maps_are_images(t):
     """Anomaly maps are (n, h, w), finite, and the same alone as in a batch; methods without maps name those that have them."""
@@ -761,7 +810,7 @@ def maps_are_images(t):
     same(d.anomaly_map(x[:1]), maps[:1], 'map alone or in a batch')
     check(maps[6:].mean() > maps[:6].mean(), 'noise lights up less than normal images')
 
-# %% ../nbs/0_foundations/04_detector.ipynb #00000052
+# %% ../nbs/0_foundations/04_detector.ipynb #0000007d
 def check_detector(detector, only=None):
     """Hold a detector to every promise of the contract; BrokenPromise names all that it breaks, with reasons.
 
