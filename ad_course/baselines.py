@@ -6,7 +6,7 @@
 __all__ = ['ClosedForm', 'MeanImage', 'PCA', 'KNN']
 
 # %% ../nbs/0_foundations/06_baselines.ipynb #00000005
-import numbers, warnings
+import numbers
 from dataclasses import dataclass
 import numpy as np
 import torch

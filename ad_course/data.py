@@ -122,7 +122,7 @@ class Task:
 
     @property
     def shape(self):
-        "(c, h, w) of one image."
+        "Channels, height and width of one image."
         return self.x_train.shape[1:]
 
     @property

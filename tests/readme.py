@@ -32,7 +32,8 @@ def prepared(nb, folder):
     for number, cell in enumerate(nb.cells):
         flags = re.findall(r'^[ \t]*#[ \t]*\|[ \t]*([\w-]+:?)[ \t]*(.*)$', cell.source, re.M) if cell.cell_type == 'code' else []
         flags = {name: rest.strip() for name, rest in flags}
-        if cell.cell_type == 'raw' or flags.keys() & {'hide', 'default_exp'} or flags.get('include:') == 'false': continue
+        # The cell that installs the course in Colab is for notebooks only.
+        if cell.cell_type == 'raw' or flags.keys() & {'hide', 'default_exp'} or flags.get('include:') == 'false' or '/content' in cell.source: continue
         if cell.cell_type == 'markdown':
             if number == 0: cell.source = re.sub(r'^>\s?', '', cell.source, flags=re.M).replace('\n', '\n\n', 1)
             cell.source = rebase(cell.source, folder)

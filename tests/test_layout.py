@@ -21,7 +21,7 @@ LIB = CONFIG['lib_path']
 METHOD = 3
 FLOORS = dict(data=1, metrics=1, networks=1, detector=2, pictures=4, widgets=4, benchmark=5, cli=5)
 # What a requirement is called in an import, where that differs.
-IMPORT_NAMES = {'scikit-learn': {'sklearn'}, 'pillow': {'PIL'}}
+IMPORT_NAMES = {'scikit-learn': {'sklearn'}, 'pillow': {'PIL'}, 'ipython': {'IPython'}}
 MAX_BYTES = 300 * 1024
 
 each_notebook = pytest.mark.parametrize('notebook', NOTEBOOKS, ids=str)
