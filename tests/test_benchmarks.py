@@ -1,0 +1,44 @@
+"""The benchmarks run, and their tables have a line for every contestant. What they measure is nobody's test."""
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent/'benchmarks'
+
+
+def run(*args, **env):
+    done = subprocess.run([sys.executable, FOLDER/'train_ae.py', *args], capture_output=True, text=True, timeout=300, env={**os.environ, **env})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def rows(out): return [[cell.strip() for cell in line.strip('|').split('|')] for line in out.splitlines() if line.startswith('|')]
+
+
+@pytest.mark.slow
+def test_train_ae(tmp_path):
+    """Small, without peers, on the made-up images: everybody learns, and nobody is left out unseen."""
+    out = run('--images', '64', '--epochs', '1', '--rounds', '1', '--threads', '1', '--no-peers', AD_COURSE_DATA=str(tmp_path))
+    head, _, *lines = rows(out)
+    assert head == ['threads', 'contestant', 's an epoch, median', 'min', 'ratio', 'whole fit, s', 'peak, MiB', 'AUROC']
+    names = {line[1] for line in lines}
+    expected = {'plain loop, our networks', 'ours, float32', 'plain loop, plain autoencoder', 'plain loop, our MLP', 'ours, MLP'}
+    assert expected <= names <= expected | {'ours, bfloat16'}
+    assert ('ours, bfloat16' in names) != ('left out, this processor' in out)
+    for threads, name, median, least, ratio, whole, peak, auroc in lines:
+        assert threads == '1' and 0 < float(least) <= float(median) and 0 <= float(auroc) <= 1
+        if name in ('plain loop, our networks', 'plain loop, our MLP'): assert ratio == '1.00'
+    assert 'surfaces of 28x28' in out and re.search(r': 64 images, batches of 128', out)
+
+
+def test_a_missing_peer_is_named(tmp_path):
+    """Run where pyod cannot be imported, the benchmark says how to install it."""
+    (tmp_path/'pyod.py').write_text('raise ImportError("hidden")')
+    code = f'import sys, argparse; sys.path.insert(0, {str(FOLDER)!r}); import train_ae; train_ae.has_bfloat16 = lambda: False; print(list(train_ae.present(argparse.Namespace(no_peers=False))))'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60, env={**os.environ, 'PYTHONPATH': str(tmp_path)})
+    assert 'PyOD AutoEncoder: left out' in done.stdout and "pip install -e '.[peers]'" in done.stdout and 'this processor' in done.stdout, done.stderr
+    assert 'ours, bfloat16' not in done.stdout.splitlines()[-1] and 'PyOD' not in done.stdout.splitlines()[-1]
