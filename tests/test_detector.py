@@ -607,7 +607,8 @@ def test_a_loaded_detector_lives_on_without_its_file(tmp_path, small):
 
 
 def not_loaded(path, kind=AE, match=''):
-    state = world()
+    """A ValueError that names the file."""
+    state, match = world(), f'{re.escape(str(path))}.*{match}'
     with refused(kinds=ValueError, match=match): kind.load(path)
     with refused(kinds=ValueError, match=match): load(path)
     assert world() == state
@@ -777,7 +778,10 @@ class MadeUp(Dataset):
         if not 0 <= i < self.n: raise IndexError(i)
         return torch.rand(SHAPE, generator=torch.Generator().manual_seed(i))
 
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / MIB
+def peak():
+    # Linux hands ru_maxrss of a large parent down to its child; VmHWM is this process alone
+    try: return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM')) / 1024
+    except (OSError, StopIteration): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / MIB
 
 n, ae = int(sys.argv[1]), AE(epochs=1, kind='mlp', width=1, code_dim=4, batch_size=20, verbose=False)
 ae.fit(MadeUp(60)).decision_function(MadeUp(60))  # warm-up
@@ -795,8 +799,8 @@ print(disk - start, peak() - start, x.nbytes / MIB, len(scores), same)
 @pytest.mark.skipif(os.name == 'nt', reason='Windows has no resource.getrusage')
 def test_a_dataset_larger_than_the_memory_budget(capsys):
     """Peak growth of the process, after a warm-up: below a budget that the images as an array exceed several times."""
-    n, budget = 3000, 40
-    out, err = (child := run_child(MEMORY, n)).communicate(timeout=120)
+    n, budget = 4500, 64
+    out, err = (child := run_child(MEMORY, n)).communicate(timeout=400)
     assert child.returncode == 0, err
     disk, array, total, scored, same = out.split()
     with capsys.disabled(): print(f'\n  {n} images of 3x64x64, {float(total):.0f} MiB: as a Dataset the peak grew by {float(disk):.1f} MiB, as an array by {float(array):.0f} MiB (budget {budget} MiB)', end='')
@@ -1103,7 +1107,10 @@ def test_no_epochs_leave_the_networks_as_they_were_made():
 
 @each_detector
 def test_a_second_fit_on_images_of_another_size(small):
-    d = small().fit(images(9)).fit(images(7, 3, 18, 17))
+    d = small().fit(images(9))
+    d.left_over_ = 1
+    d.fit(images(7, 3, 18, 17))
+    assert not any(net.training for net in d.nets_.values())
     same_model(d, small().fit(images(7, 3, 18, 17)))
     with refused(d): d.decision_function(images(9))
 
