@@ -1,0 +1,326 @@
+"""The robust deep autoencoder: proximal operators and the split against closed forms, minimizers and certificates; every part defended by a mutant."""
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from ad_course.ae import AE
+from ad_course.baselines import PCA
+from ad_course.data import contaminate, digits
+from ad_course.detector import check_detector, isolated
+from ad_course.metrics import auroc
+from ad_course.rda import PENALTIES, RDA, RPCA, Cleaned, penalty_prox, rpca, shrink_factor, shrink_l1, shrink_l21, shrink_singular
+
+TASK = contaminate(digits(normal=3), .2)
+X = TASK.x_train[:48]
+SMALL = dict(batch_size=16, verbose=False)
+
+
+def draw(*shape, seed=0, scale=1.):
+    return torch.tensor(np.random.default_rng(seed).normal(0, scale, shape))
+
+
+# ---------------------------------------------------------------- proximal operators
+def check_l21(f):
+    torch.testing.assert_close(f(torch.tensor([[3.], [.5], [.1]]), 1.), torch.tensor([[2.], [0.], [0.]]))
+    assert torch.equal(f(torch.tensor([[3.], [1.], [.5], [.1]]), 1.) > 0, torch.tensor([[True], [False], [False], [False]]))
+    torch.testing.assert_close(f(torch.tensor([[3., 4.], [0., 0.]]), 1.), torch.tensor([[2.4, 3.2], [0., 0.]]))
+    torch.testing.assert_close(f(torch.tensor([[3., 1.], [4., 0.]]), 1., 0), torch.tensor([[2.4, 0.], [3.2, 0.]]))
+    x = draw(5, 4)
+    torch.testing.assert_close(f(x, 0.), x)
+    for row, t in zip(x.numpy(), (.1, .5, 1., 2., 3.)):
+        cost = lambda s: .5 * ((row - s)**2).sum() + t * np.sqrt((s**2).sum())
+        best = min((minimize(cost, s0, method='Nelder-Mead', options=dict(xatol=1e-8, fatol=1e-13, maxiter=5000)) for s0 in (row, .3 * row, 0 * row)), key=lambda m: m.fun)
+        ours = f(torch.tensor(row)[None], t)[0].numpy()
+        assert cost(ours) <= best.fun + 1e-10
+        np.testing.assert_allclose(ours, best.x, atol=1e-4)
+
+
+def check_l1(f):
+    assert f(torch.tensor([3., .5, -.1, -2.]), 1.).tolist() == [2, 0, 0, -1]
+    x, grid = draw(50, seed=1), torch.linspace(-4, 4, 80_001).double()
+    for t in (.2, 1.):
+        best = torch.stack([grid[(.5 * (v - grid)**2 + t * grid.abs()).argmin()] for v in x[:12]])
+        torch.testing.assert_close(f(x[:12], t), best, atol=1e-4, rtol=0)
+    s = f(x, .3)
+    torch.testing.assert_close(.5 * (x - s)**2 + .3 * s.abs(), F.huber_loss(x, torch.zeros_like(x), delta=.3, reduction='none'))
+
+
+def check_singular(f):
+    torch.testing.assert_close(f(torch.diag(torch.tensor([3., 1., .2])), .5), torch.diag(torch.tensor([2.5, .5, 0.])))
+    for shape in ((6, 4), (4, 6)):
+        x = draw(*shape, seed=2)
+        s = f(x, .8)
+        y = (x - s) / .8  # a subgradient of the nuclear norm at s: that makes s the minimizer
+        assert torch.linalg.matrix_norm(y, 2) <= 1 + 1e-9
+        torch.testing.assert_close((y * s).sum(), torch.linalg.matrix_norm(s, 'nuc'))
+
+
+def l21_min(x, t, dim=1): return x * (1 - t / x.norm(dim=dim, keepdim=True).clamp(min=1e-30)).clamp(max=0)   # a published baseline's defect
+def l21_hard(x, t, dim=1): return x * (x.norm(dim=dim, keepdim=True) > t)
+def l21_other_way(x, t, dim=1): return shrink_l21(x, t, 1 - dim)
+def l21_squared(x, t, dim=1): return x * (1 - t / x.square().sum(dim, keepdim=True).clamp(min=1e-30)).clamp(min=0)
+def l21_nan(x, t, dim=1): return x * (1 - t / x.norm(dim=dim, keepdim=True)).clamp(min=0)                     # 0 / 0
+
+
+def test_shrink_l21(): check_l21(shrink_l21)
+def test_shrink_l1(): check_l1(shrink_l1)
+def test_shrink_singular(): check_singular(shrink_singular)
+def test_factor_at_zero(): assert shrink_factor(torch.zeros(2), 1.).tolist() == [0, 0] and shrink_factor(torch.ones(1), float('inf')).item() == 0
+
+
+@pytest.mark.parametrize('mutant', [l21_min, l21_hard, l21_other_way, l21_squared], ids=lambda f: f.__name__)
+def test_l21_mutants_fail(mutant):
+    with pytest.raises(AssertionError): check_l21(mutant)
+
+
+def test_zero_rows_give_no_nan():
+    assert shrink_l21(torch.zeros(2, 3), 0.).isfinite().all() and not l21_nan(torch.zeros(2, 3), 0.).isfinite().all()
+
+
+@pytest.mark.parametrize('mutant', [lambda x, t: x * (x.abs() > t), lambda x, t: (x - t).clamp(min=0), lambda x, t: shrink_l1(x, t / 2)])
+def test_l1_mutants_fail(mutant):
+    with pytest.raises(AssertionError): check_l1(mutant)
+
+
+# ---------------------------------------------------------------- robust PCA
+def low_and_sparse(n=60, d=40, rank=2, share=.05, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    low = torch.randn(n, rank, generator=g).double() @ torch.randn(rank, d, generator=g).double()
+    return low, 5. * (torch.rand(n, d, generator=g) < share) * torch.randn(n, d, generator=g).sign()
+
+
+def check_rpca(f):
+    for seed, shape in ((0, (60, 40)), (1, (40, 60))):
+        low, sparse = low_and_sparse(*shape, seed=seed)
+        L, S, Y = f(low + sparse)
+        assert (L - low).norm() < 1e-5 * low.norm() and torch.equal(S != 0, sparse != 0)
+        check_certificate(low + sparse, L, S, Y, 1 / 60**.5)
+
+
+def check_certificate(x, L, S, Y, lam, tol=1e-4):
+    assert (x - L - S).norm() <= tol * x.norm()
+    assert torch.linalg.matrix_norm(Y, 2) <= 1 + tol and Y.abs().max() <= lam * (1 + tol)
+    nuclear = torch.linalg.matrix_norm(L, 'nuc')
+    assert abs((Y * L).sum() / nuclear - 1) < tol and abs((Y * S).sum() / (lam * S.abs().sum()) - 1) < tol
+
+
+def no_multiplier(x, lam=None, mu=None, tol=1e-7, rounds=300):
+    lam, mu = 1 / max(x.shape)**.5, x.numel() / (4 * float(x.abs().sum()))
+    S = torch.zeros_like(x)
+    for _ in range(rounds): L = shrink_singular(x - S, 1 / mu); S = shrink_l1(x - L, lam / mu)
+    return L, S, mu * (x - L - S)
+
+
+def test_rpca(): check_rpca(rpca)
+
+
+@pytest.mark.parametrize('mutant', [no_multiplier, lambda x: rpca(x, lam=3 / max(x.shape)**.5, tol=1e-3), lambda x: rpca(x, lam=.3 / max(x.shape)**.5, tol=1e-5),
+                                    lambda x: rpca(x, mu=1e3, tol=1e-3), lambda x: [v * s for v, s in zip(rpca(x), (1, 1, -1))]])
+def test_rpca_mutants_fail(mutant):
+    with pytest.raises(AssertionError): check_rpca(mutant)
+
+
+def test_rpca_on_real_digits_has_a_certificate():
+    x = torch.tensor(X).flatten(1).double()
+    L, S, Y = rpca(x, tol=1e-5)
+    check_certificate(x, L, S, Y, 1 / 8, tol=1e-3)
+
+
+def test_rpca_refuses():
+    for wrong in (torch.zeros(3, 3), torch.ones(3), torch.full((2, 2), float('nan'))):
+        with pytest.raises(ValueError, match='finite matrix'): rpca(wrong)
+    with pytest.raises(RuntimeError, match='allow more rounds'): rpca(draw(9, 9), rounds=2)
+
+
+def test_rpca_detector():
+    check_detector(RPCA())
+    d = RPCA(components=5, tol=1e-4).fit(X)
+    L, S, _ = rpca(torch.tensor(X).flatten(1), tol=1e-4)
+    same = PCA(components=5).fit((L.view(X.shape)).clamp(0, 1).numpy())
+    np.testing.assert_allclose(d.outliers_, S.norm(dim=1) / 8, atol=1e-5)
+    assert np.corrcoef(d.decision_function(TASK.x_test[:200]), same.decision_function(TASK.x_test[:200]))[0, 1] > .97
+    for wrong in (dict(lam=0), dict(tol=0), dict(tol=float('inf')), dict(tol=None), dict(lam='a')):
+        with pytest.raises(ValueError, match='above 0'): RPCA(**wrong).fit(X)
+    with pytest.raises(ValueError, match='the same'): RPCA().fit(np.full((5, 1, 4, 4), .5))
+
+
+# ---------------------------------------------------------------- groups
+def check_groups(prox):
+    r = torch.zeros(4, 1, 1, 2); r[0] = .5; r[1:, ..., 0] = .05
+    first = torch.tensor([[.4, .4], [0, 0], [0, 0], [0, 0]])
+    torch.testing.assert_close(prox(r, .1, 'l1').flatten(1), first)
+    torch.testing.assert_close(prox(r, .1, 'l21 samples').flatten(1), first)
+    rms = torch.tensor([((.25 + 3 * .0025) / 4)**.5, (.25 / 4)**.5])
+    torch.testing.assert_close(prox(r, .1, 'l21 features').flatten(1), r.flatten(1) * (1 - .1 / rms))
+    g, big = torch.Generator().manual_seed(0), draw(7, 2, 3, 3, scale=.3, seed=3)
+    for name, dim in PENALTIES.items():
+        cost = lambda s: .5 * (big - s).square().sum() + .2 * (s.abs().sum() if dim is None else s.flatten(1).shape[dim]**.5 * s.flatten(1).norm(dim=dim).sum())
+        s = prox(big, .2, name)
+        tries = (s + 10.**-k * torch.randn(s.shape, generator=g, dtype=s.dtype) for k in (1, 2, 3, 4) for _ in range(50))
+        assert min(cost(t) for t in tries) >= cost(s)
+
+
+def test_groups(): check_groups(penalty_prox)
+
+
+@pytest.mark.parametrize('mutant', [lambda r, lam, p: penalty_prox(r, lam, {'l21 samples': 'l21 features', 'l21 features': 'l21 samples'}.get(p, p)),
+                                    lambda r, lam, p: -penalty_prox(r, lam, p), lambda r, lam, p: 0 * r,
+                                    lambda r, lam, p: r - penalty_prox(r, lam, p), lambda r, lam, p: penalty_prox(r, lam / 2, p)])
+def test_group_mutants_fail(mutant):
+    with pytest.raises(AssertionError): check_groups(mutant)
+
+
+@pytest.mark.parametrize('penalty', PENALTIES)
+def test_cleaned_images_lie_between_image_and_reconstruction(penalty):
+    with isolated(1): x, rebuilt = torch.rand(2, 30, 1, 5, 5)
+    L = x - penalty_prox(x - rebuilt, .15, penalty)
+    assert (L >= torch.minimum(x, rebuilt) - 1e-6).all() and (L <= torch.maximum(x, rebuilt) + 1e-6).all() and not torch.equal(L, x)
+
+
+# ---------------------------------------------------------------- the source
+def check_cleaned(kind):
+    disk = AE().source(TensorDataset(torch.tensor(X)))
+    for data in (AE().source(X), AE().source((X * 255).astype('uint8')), disk):
+        whole = torch.cat([xb for xb, _ in data.batches(100)])
+        for size in (48, 7):
+            for seed in (None, 3):
+                g = None if seed is None else torch.Generator().manual_seed(seed)
+                for lb, _ in kind(data, whole).batches(size, g): assert not lb.any(), 'rows of S went to other images'
+    marks = torch.arange(len(X)).view(-1, 1, 1, 1).expand(X.shape).float()
+    plain, ours = (s.batches(7, torch.Generator().manual_seed(2)) for s in (AE().source(X), kind(AE().source(X), marks)))
+    gone = torch.cat([xb - lb for (xb, _), (lb, _) in zip(plain, ours, strict=True)])[:, 0, 0, 0].round()
+    assert gone.long().tolist() != list(range(len(X))) and sorted(gone.long().tolist()) == list(range(len(X)))
+
+
+class WrongOrder(Cleaned):
+    def batches(self, size, generator=None):
+        for i, (xb, yb) in enumerate(self.data.batches(size, generator)): yield xb - self.s[i * size:i * size + len(xb)], yb
+
+
+class Added(Cleaned):
+    def batches(self, size, generator=None):
+        return ((2 * xb - lb, yb) for (xb, yb), (lb, _) in zip(self.data.batches(size), super().batches(size)))
+
+
+def test_cleaned(): check_cleaned(Cleaned)
+
+
+@pytest.mark.parametrize('mutant', [WrongOrder, Added])
+def test_cleaned_mutants_fail(mutant):
+    with pytest.raises((AssertionError, RuntimeError)): check_cleaned(mutant)
+
+
+# ---------------------------------------------------------------- the detector
+def check_training(kind):
+    """Two rounds by hand with the loop of AE: train on X, renew S, train on X - S, renew S."""
+    for penalty in PENALTIES:
+        d = kind(penalty=penalty, lam=.12, epochs=5, inner=3, **SMALL).fit(X)
+        twin = RDA(penalty=penalty, lam=.12, **SMALL)
+        data, x = twin.source(X), torch.tensor(X)
+        s = torch.zeros_like(x)
+        with isolated(0):
+            twin.shape_, twin.history_ = data.shape, {}
+            twin.nets_ = torch.nn.ModuleDict(twin.networks(data.shape))
+            twin.optimizers_ = twin.optimizers()
+            for epochs in (3, 2):
+                twin.run(Cleaned(data, s), epochs)
+                with torch.no_grad(): s = penalty_prox(x - twin.reconstruction(x - s), .12, penalty)
+        np.testing.assert_allclose(d.history_['reconstruction'], twin.history_['reconstruction'], rtol=1e-3)
+        np.testing.assert_allclose(d.outliers_, s.flatten(1).square().mean(1).sqrt(), atol=1e-4)
+        assert len(d.shares_) == 2 and np.isclose(d.shares_[-1], (s.flatten(1).norm(dim=1) > 0).float().mean())
+        with torch.no_grad():
+            r = (x - d.reconstruction(x))
+            np.testing.assert_allclose(d.decision_function(X), r.flatten(1).square().mean(1), rtol=1e-3)
+            np.testing.assert_allclose(d.anomaly_map(X), r.square().sum(1), atol=1e-5)
+
+
+class NeverCleans(RDA):                 # trains on X all the time
+    def train(self, data):
+        super().train(data)
+        with isolated(0): self.nets_ = torch.nn.ModuleDict(self.networks(self.shape_)); self.optimizers_ = self.optimizers(); self.history_ = {}; self.run(data, self.epochs)
+class Accumulates(RDA):                 # the residual of L instead of that of X
+    def residuals(self, cleaned): return super().residuals(cleaned) - cleaned.s
+class LooksAtX(RDA):                    # the residual of the uncleaned input
+    def residuals(self, cleaned): return super().residuals(Cleaned(cleaned.data, torch.zeros_like(cleaned.s)))
+class KeepsOld(RDA):                    # S from the first round only
+    def renewed(self, r): self.first = super().renewed(r) if not self.shares_ else (self.shares_.append(self.shares_[-1]), self.first)[1]; return self.first
+class NoLoss(RDA):
+    def loss(self, xb): return {k: 0 * v for k, v in super().loss(xb).items()}
+class Ascends(RDA):
+    def loss(self, xb): return {k: -v for k, v in super().loss(xb).items()}
+class SumsLoss(RDA):
+    def loss(self, xb): return dict(reconstruction=self.errors(xb).sum())
+class MinForMax(RDA):
+    def renewed(self, r): super().renewed(r); s = l21_min(r.flatten(1), self.lam * 8).view(r.shape); self.outliers_ = s.flatten(1).square().mean(1).sqrt(); return s
+class ScoresS(RDA):
+    def score(self, xb): return self.sparse_part(xb).flatten(1).square().mean(1)
+
+
+def test_training(): check_training(RDA)
+
+
+@pytest.mark.parametrize('mutant', [NeverCleans, Accumulates, LooksAtX, KeepsOld, NoLoss, Ascends, SumsLoss, MinForMax, ScoresS], ids=lambda c: c.__name__)
+def test_training_mutants_fail(mutant):
+    with pytest.raises(AssertionError): check_training(mutant)
+
+
+def test_without_s_it_is_an_autoencoder():
+    d, ae = (k(epochs=4, **SMALL, **p).fit(X) for k, p in ((RDA, dict(lam=float('inf'), inner=4)), (AE, {})))
+    np.testing.assert_allclose(d.decision_function(X), ae.decision_function(X), rtol=1e-4)
+    assert d.shares_ == [0.]
+
+
+def test_weight_decay_still_counts():
+    d = RDA(epochs=1, weight_decay=1e-3, **SMALL).fit(X)
+    assert set(d.history_) == {'reconstruction', 'decay', 'seconds'}
+
+
+def test_split_adds_up_and_is_a_fixed_point_for_each_image():
+    for penalty in PENALTIES:
+        d = RDA(penalty=penalty, lam=.08, epochs=20, **SMALL).fit(X)
+        L, S = d.split(TASK.x_test[:40])
+        np.testing.assert_allclose(L + S, TASK.x_test[:40], atol=1e-6)
+        assert L.min() >= -1e-6 and L.max() <= 1 + 1e-6 and S.any()
+        np.testing.assert_allclose(d.split(TASK.x_test[3:4])[1], S[3:4], atol=1e-5)  # alone as in a batch
+
+
+def test_both_kinds_of_score():
+    d = RDA(lam=.1, epochs=30, **SMALL).fit(TASK.x_train)
+    rms = np.sqrt(d.decision_function(TASK.x_test))
+    s = penalty_prox(torch.tensor(TASK.x_test - d.reconstruct(TASK.x_test)), .1, 'l21 samples').flatten(1).square().mean(1).sqrt()
+    np.testing.assert_allclose(s, np.maximum(rms - .1, 0), atol=1e-5)  # same order, with ties
+    hidden = TASK.kinds_train != 'normal'
+    assert d.outliers_.shape == (len(TASK.x_train),) and auroc(hidden.astype(int), d.outliers_.numpy()) > .85
+
+
+def test_memory_and_disk_and_a_budget(tmp_path):
+    a, b = (RDA(epochs=3, inner=1, **SMALL).fit(x) for x in (X, TensorDataset(torch.tensor(X))))
+    assert torch.equal(a.outliers_, b.outliers_) and np.array_equal(a.decision_function(X), b.decision_function(X))
+    for x in (X, TensorDataset(torch.tensor(X))):
+        with pytest.raises(ValueError, match='48 training images.*more than room=1e-06'): RDA(room=1e-6, **SMALL).fit(x)
+    a.save(tmp_path/'m.safetensors')
+    assert (tmp_path/'m.safetensors').stat().st_size < 4 * sum(p.numel() for p in a.nets_.parameters()) + 8000  # no training set in the file
+    assert torch.equal(RDA.load(tmp_path/'m.safetensors').outliers_, a.outliers_)
+
+
+def test_untrained_and_interrupted():
+    d = RDA(epochs=0, **SMALL).fit(X)
+    assert d.shares_ == [] and not d.outliers_.any()
+
+    class Stops(RDA):
+        def after_epoch(self, data):
+            if len(self.history_['seconds']) == 3: raise KeyboardInterrupt
+    with pytest.warns(UserWarning, match='interrupted'): d = Stops(epochs=9, inner=2, **SMALL).fit(X)
+    assert len(d.shares_) == 1 and np.isfinite(d.decision_function(X)).all()
+
+
+@pytest.mark.parametrize('wrong', [dict(penalty='l2'), dict(lam=0), dict(lam=float('nan')), dict(lam='a'), dict(inner=0), dict(inner=1.5), dict(room=0), dict(code_dim=0)])
+def test_wrong_parameters(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))): RDA(**wrong).fit(X)
+
+
+def test_contract():
+    check_detector(RDA(epochs=20, batch_size=32, lr=3e-3))
