@@ -276,15 +276,18 @@ class Thresholds:
 
     def training_scores(self, data):
         """Scores (n,) and labels (n,) of the training images, from which the threshold comes."""
-        pairs = []
-        try:
-            for pair in self.each_batch(self.score, data, dims=1): pairs.append(pair)
+        scores, labels = np.zeros(len(data), 'float32'), np.full(len(data), -1)  # -1: not scored yet
+        def score_all():
+            done = 0
+            for s, y in self.each_batch(self.score, data, dims=1):
+                scores[done:done + len(s)], labels[done:done + len(s)] = s, y
+                done += len(s)
+        try: score_all()
         except KeyboardInterrupt:
-            early = not any((y == 0).any() for _, y in pairs)
+            early = not (labels == 0).any()
             warnings.warn('interrupted while scoring the training images: the threshold comes from ' + ('all of them, once more' if early else 'some of them only'))
-            if early: pairs = list(self.each_batch(self.score, data, dims=1))
-        scores, labels = zip(*pairs)
-        return np.concatenate(scores), np.concatenate(labels)
+            if early: score_all()
+        return scores[labels >= 0], labels[labels >= 0]
 
 # %% ../nbs/0_foundations/04_detector.ipynb #0000002b
 class Checks:
@@ -342,8 +345,12 @@ class Batchwise:
         if not hasattr(self, 'threshold_'): raise NotFittedError(f'this {type(self).__name__} is not fitted yet: call fit(x) first')
         data = self.source(x)
         if data.shape != self.shape_: raise ValueError(f'fitted on images of shape {self.shape_}, got {data.shape} (channels, height, width)')
-        parts = [out for out, _ in self.each_batch(f, data, dims)]
-        if parts: return np.concatenate(parts)
+        whole, done = None, 0
+        for out, _ in self.each_batch(f, data, dims):
+            if whole is None: whole = np.empty((len(data), *out.shape[1:]), 'float32')  # small arrays kept between large ones would pin the heap
+            whole[done:done + len(out)] = out
+            done += len(out)
+        if whole is not None: return whole
         blank = Memory(np.zeros((1, *data.shape), 'float32'), device=data.device)  # to learn the shape of an answer
         return next(self.each_batch(f, blank, dims))[0][:0]
 
