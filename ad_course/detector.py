@@ -183,7 +183,7 @@ class Steps:
         self.run(data, self.epochs)
 
     def after_epoch(self, data):
-        """Called after each epoch, for example to move a center."""
+        """Called after each epoch, for example to move a center. Returning True ends the run."""
 
 # %% ../nbs/0_foundations/04_detector.ipynb #00000025
 class Loop:
@@ -200,7 +200,7 @@ class Loop:
                     sums[name] = sums.get(name, 0) + term.detach().float().mean() * len(xb)
             self.record({label + name: float(s) / len(data) for name, s in sums.items()}, time.perf_counter() - start)
             self.nets_.eval()
-            self.after_epoch(data)
+            if self.after_epoch(data) is True: break
 
     def quiet(self):
         """True where no progress bar is wanted."""

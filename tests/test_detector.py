@@ -1208,3 +1208,12 @@ def test_broken_promises_are_readable():
     assert all(re.match(r'  \w+: .{10,250}$', line) for line in lines[1:]), str(caught.value)
     assert 'index 3 is out of bounds' in str(caught.value) and 'IndexError' in str(caught.value)
     assert set(caught.value.broken) <= set(spine.PROMISES) and 'fit_returns_self' in caught.value.broken
+
+
+def test_after_epoch_can_end_a_run():
+    @dataclass(kw_only=True, eq=False, repr=False)
+    class Stops(AE):
+        answer: object = True
+        def after_epoch(self, data): return self.answer if len(self.history_['reconstruction']) == 2 else None
+    assert len(Stops(epochs=5, verbose=False).fit(images(8)).history_['reconstruction']) == 2
+    assert len(Stops(epochs=5, verbose=False, answer=1).fit(images(8)).history_['reconstruction']) == 5  # True alone, not whatever is true

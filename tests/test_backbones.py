@@ -1,0 +1,350 @@
+"""Backbones: frozen, normalized as torchvision does, cut at the right place, and never silently another network."""
+import hashlib
+
+import pytest
+import torch
+from torch import nn
+from torchvision import models
+from torchvision.transforms import functional as TF
+
+from ad_course import backbones
+from ad_course.backbones import BACKBONES, MEAN, STD, Backbone, backbone, check_file, features, load_empty, weights_entry, weights_file
+
+NAMES = pytest.mark.parametrize('name', BACKBONES)
+
+
+@pytest.fixture(scope='module')
+def net():
+    """One random ResNet-18 whose normalization has statistics of its own, so that a change would show."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = models.resnet18(weights=None).train()
+        with torch.no_grad(): net(torch.rand(8, 3, 64, 64))
+    return net.state_dict()
+
+
+def images(*shape, seed=0): return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make(kind, state, size=64):
+    net = models.resnet18(weights=None)
+    net.load_state_dict(state)
+    return kind(net, 'resnet18', size)
+
+
+# ---------------------------------------------------------------- the promises, and the mutants that break them
+def frozen(kind, state):
+    b, x = make(kind, state), images(4, 3, 64, 64)
+    before = {k: v.clone() for k, v in b.state_dict().items()}
+    first = b(x)
+    whole = nn.ModuleDict(dict(b=b, head=nn.Linear(512, 1))).train()
+    whole.head(b(x)).sum().backward()
+    assert not any(m.training for m in b.modules()) and whole.head.training
+    assert all(torch.equal(v, before[k]) for k, v in b.state_dict().items())
+    assert torch.equal(b(x), first)
+    assert not any(p.requires_grad or p.grad is not None for p in b.parameters())
+
+
+def alone_as_in_a_batch(kind, state):
+    b, x = make(kind, state), images(5, 3, 64, 64)
+    torch.testing.assert_close(b(x[:1]), b(x)[:1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(b(torch.cat([x[:1], 0 * x]))[:1], b(x)[:1], rtol=1e-4, atol=1e-5)
+
+
+def gray_is_three_copies(kind, state):
+    b, x = make(kind, state), images(2, 1, 40, 40)
+    torch.testing.assert_close(b(x), b(x.repeat(1, 3, 1, 1)), rtol=1e-4, atol=1e-5)
+
+
+def normalized_as_torchvision(kind, state):
+    b = make(kind, state, 224)
+    for side in (40, 224, 300):
+        x = images(2, 3, side, side)
+        torch.testing.assert_close(b.prepare(x), weights_entry('resnet18').transforms(resize_size=224)(x), rtol=0, atol=1e-5)
+    x = images(2, 3, 50, 90)  # not square: squeezed as a whole
+    whole = TF.normalize(TF.resize(x, [224, 224], antialias=True), MEAN, STD)
+    torch.testing.assert_close(b.prepare(x), whole, rtol=0, atol=1e-5)
+
+
+def features_before_the_classifier(kind, state):
+    b, x, seen = make(kind, state), images(3, 3, 64, 64), []
+    reference = models.resnet18(weights=None).eval()
+    reference.load_state_dict(state)
+    reference.fc.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad(): reference(TF.normalize(x, MEAN, STD))
+    out = b(x)
+    assert out.shape == (3, b.dim) and b.dim == 512
+    torch.testing.assert_close(out, seen[0], rtol=1e-4, atol=1e-5)
+
+
+def sees_the_whole_image(kind, state):
+    b, x = make(kind, state), images(1, 3, 256, 256).requires_grad_()
+    b.prepare(x).square().sum().backward()
+    g = x.grad.abs().sum(1)[0]
+    assert all(edge.max() > 0 for edge in (g[0], g[-1], g[:, 0], g[:, -1]))
+
+
+PROMISES = [frozen, alone_as_in_a_batch, gray_is_three_copies, normalized_as_torchvision, features_before_the_classifier, sees_the_whole_image]
+
+
+@pytest.mark.parametrize('promise', PROMISES, ids=lambda f: f.__name__)
+def test_promise(promise, net): promise(Backbone, net)
+
+
+class Obeys(Backbone):
+    def train(self, mode=True): return nn.Module.train(self, mode)
+
+class NeverEval(Backbone):
+    def __init__(self, *args):
+        super().__init__(*args)
+        for m in self.modules(): m.training = True
+    def train(self, mode=True): return self
+
+class EvalOnlyOnTop(Backbone):
+    def train(self, mode=True):
+        nn.Module.train(self, mode)
+        self.training = False
+        return self
+
+class WithGradients(Backbone):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.requires_grad_(True)
+
+class KeepsItsHead(Backbone):
+    def __init__(self, net, *args):
+        head = net.fc
+        super().__init__(net, *args)
+        self.net.fc = head.requires_grad_(False)
+
+class ActivatedAgain(Backbone):
+    def forward(self, x): return super().forward(x).tanh()
+
+class NotNormalized(Backbone):
+    def prepare(self, x): return super().prepare(x) * self.std + self.mean
+
+class OneHalf(Backbone):
+    def prepare(self, x): return (super().prepare(x) * self.std + self.mean - .5) / .5
+
+class BlueFirst(Backbone):
+    def prepare(self, x): return (super().prepare(x) * self.std + self.mean - self.mean.flip(0)) / self.std.flip(0)
+
+class NotAntialiased(Backbone):
+    def prepare(self, x): return super().prepare(TF.resize(x, [self.size] * 2, antialias=False))
+
+class Nearest(Backbone):
+    def prepare(self, x): return super().prepare(TF.resize(x, [self.size] * 2, TF.InterpolationMode.NEAREST))
+
+class Crops(Backbone):
+    def prepare(self, x): return super().prepare(TF.center_crop(TF.resize(x, [self.size * 8 // 7] * 2, antialias=True), [self.size] * 2))
+
+class KeepsProportions(Backbone):
+    def prepare(self, x): return super().prepare(TF.center_crop(x, [min(x.shape[-2:])] * 2))
+
+class GrayIsRed(Backbone):
+    def prepare(self, x): return super().prepare(torch.cat([x, 0 * x, 0 * x], 1) if x.shape[1] == 1 else x)
+
+class ScaledByBatch(Backbone):
+    def prepare(self, x): return super().prepare(x / x.max())
+
+
+MUTANTS = [(Obeys, frozen), (NeverEval, frozen), (EvalOnlyOnTop, frozen), (WithGradients, frozen), (NeverEval, alone_as_in_a_batch),
+           (ScaledByBatch, alone_as_in_a_batch), (KeepsItsHead, features_before_the_classifier), (ActivatedAgain, features_before_the_classifier),
+           (NotNormalized, features_before_the_classifier), (NotNormalized, normalized_as_torchvision), (OneHalf, normalized_as_torchvision),
+           (BlueFirst, normalized_as_torchvision), (NotAntialiased, normalized_as_torchvision), (Nearest, normalized_as_torchvision),
+           (Crops, normalized_as_torchvision), (KeepsProportions, normalized_as_torchvision), (Crops, sees_the_whole_image), (GrayIsRed, gray_is_three_copies)]
+
+
+@pytest.mark.parametrize('mutant, promise', MUTANTS, ids=lambda m: m.__name__)
+def test_mutant_is_caught(mutant, promise, net):
+    with pytest.raises(AssertionError): promise(mutant, net)
+
+
+# ---------------------------------------------------------------- all networks
+@NAMES
+def test_features_have_the_promised_number(name):
+    with torch.device('meta'):
+        b = backbone(name, weights=None)
+        assert b(torch.rand(2, 1, 8, 8)).shape == (2, b.dim) == (2, BACKBONES[name][0])
+    assert not any(k.split('.')[1] in ('fc', 'classifier', 'heads') for k in b.state_dict()), 'the head is gone'
+
+
+@NAMES
+def test_prepare_is_torchvisions_transform_without_the_crop(name):
+    b, x = Backbone(nn.Module(), name), images(2, 3, 60, 60)
+    for weights in ('imagenet', 'imagenet-v1'):
+        preset = weights_entry(name, weights).transforms
+        assert (tuple(preset().mean), tuple(preset().std), preset().antialias) == (MEAN, STD, True)
+        torch.testing.assert_close(b.prepare(x), preset(resize_size=224)(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['efficientnet_b0', 'densenet121'])
+def test_real_forward_of_other_families_is_frozen(name):
+    b, x = backbone(name, 'random', size=32), images(3, 3, 32, 32)
+    before = {k: v.clone() for k, v in b.state_dict().items()}
+    assert torch.equal(b.train()(x), b(x)), 'dropout or batch statistics are on'
+    assert all(torch.equal(v, before[k]) for k, v in b.state_dict().items())
+    torch.testing.assert_close(b(x[:1]), b(x)[:1], rtol=1e-3, atol=1e-4)
+
+
+def test_first_and_default_weights_are_two_sets():
+    assert weights_entry('resnet152').name == 'IMAGENET1K_V2' and weights_entry('resnet152', 'imagenet-v1').name == 'IMAGENET1K_V1'
+    assert weights_file('resnet18').name == weights_file('resnet18', 'imagenet-v1').name == 'resnet18-f37072fd.pth'
+
+
+# ---------------------------------------------------------------- sizes, types, devices, seeds
+def test_size_zero_leaves_images_as_they_are(net):
+    x = images(2, 3, 48, 70)
+    assert torch.equal(make(Backbone, net, 0).prepare(x), (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1))
+    assert make(Backbone, net, None).size == 224 and make(Backbone, net, None).prepare(x).shape == (2, 3, 224, 224)
+
+
+def test_input_is_left_alone_and_gradients_reach_it(net):
+    x = images(2, 1, 40, 40)
+    kept = x.clone()
+    b = make(Backbone, net)
+    assert not b(x).requires_grad and torch.equal(x, kept)
+    x.requires_grad_()
+    b(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_a_block_may_be_thawed_on_purpose(net):
+    """As PANDA does: the last block trains, all normalization stays as it is."""
+    b, x = make(Backbone, net), images(2, 3, 64, 64)
+    b.net.layer4.requires_grad_(True)
+    b.train()(x).sum().backward()
+    assert b.net.layer4[0].conv1.weight.grad is not None and b.net.layer3[0].conv1.weight.grad is None
+    assert not any(m.training for m in b.modules())
+
+
+def test_double_precision_and_empty_batches(net):
+    b, x = make(Backbone, net), images(2, 1, 32, 32)
+    assert b(x[:0]).shape == (0, 512)
+    torch.testing.assert_close(b.double()(x.double()).float(), make(Backbone, net)(x), rtol=1e-3, atol=1e-4)
+
+
+def test_random_weights_follow_the_seed_and_empty_ones_leave_it_alone():
+    def draw(seed):
+        torch.manual_seed(seed)
+        return backbone('efficientnet_b0', 'random', 32).state_dict()
+    with torch.random.fork_rng():
+        a, b, c = draw(1), draw(1), draw(2)
+        assert all(torch.equal(a[k], b[k]) for k in a) and not all(torch.equal(a[k], c[k]) for k in a)
+        state = torch.get_rng_state()
+        empty = backbone('efficientnet_b0', None, 32)
+        assert torch.equal(torch.get_rng_state(), state)
+    assert empty(images(1, 3, 32, 32)).isnan().all() and all(p.isnan().all() for p in load_empty('densenet121').parameters())
+    empty.load_state_dict(a)
+    assert empty(images(1, 3, 32, 32)).isfinite().all()
+
+
+def test_features_of_many_images(net):
+    b, x = make(Backbone, net, 32), (255 * images(7, 1, 8, 8)).byte()
+    out = features(b, x.numpy(), batch_size=3)
+    assert out.shape == (7, 512) and out.dtype == 'float32'
+    torch.testing.assert_close(torch.from_numpy(out), b(x / 255), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(features(b, x.numpy() / 255)), b(x / 255), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match='scale float images'): features(b, x.numpy().astype('float32'))
+
+
+@pytest.mark.parametrize('call, message', [
+    (lambda: backbone('resnet19'), "no backbone 'resnet19'; choose one of resnet18"), (lambda: backbone(weights=True), 'weights must be one of'),
+    (lambda: backbone(weights='IMAGENET'), 'weights must be one of'), (lambda: backbone(size=31), 'from 32; got 31'), (lambda: backbone(size=-1), 'got -1'),
+    (lambda: backbone(size=True), 'got True'), (lambda: backbone(size=64.), 'got 64.0'), (lambda: backbone('vit_b_16', size=448), '224x224 only; got size=448')])
+def test_wrong_arguments(call, message):
+    with pytest.raises(ValueError, match=message): call()
+
+
+@pytest.mark.parametrize('x, message', [
+    (images(1, 2, 64, 64), 'got 2'), (images(1, 4, 64, 64), 'got 4'), (images(3, 64, 64), r'got the shape \(3, 64, 64\)'),
+    (images(1, 3, 64, 64) * 2, 'pixels in'), (-images(1, 3, 64, 64), 'pixels in'), (images(1, 3, 64, 64) * float('nan'), 'pixels in'),
+    (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), 'by 255')])
+def test_wrong_images(x, message):
+    b = Backbone(nn.Module(), 'resnet18')
+    with pytest.raises(ValueError, match=message): b(x)
+
+
+def test_sizes_that_a_network_cannot_see():
+    with pytest.raises(ValueError, match='at least 32 pixels a side; got 31x64'): Backbone(nn.Module(), 'resnet18', 0)(images(1, 3, 31, 64))
+    with pytest.raises(ValueError, match='224x224 only; got 32x32'): Backbone(nn.Module(), 'vit_b_16', 0)(images(1, 3, 32, 32))
+    assert Backbone(nn.Module(), 'vit_b_16', 0).prepare(images(1, 3, 224, 224)).shape == (1, 3, 224, 224)
+
+
+# ---------------------------------------------------------------- where the weights come from: a whole way, with files for a server
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty cache, and a function that makes an address serve a file as the weights of resnet18."""
+    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path/'cache'))
+    def serve(content, digits=None):
+        digits = digits or hashlib.sha256(content).hexdigest()[:8]
+        file = tmp_path/'server'/f'resnet18-{digits}.pth'
+        if content:
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(content)
+        monkeypatch.setattr(weights_entry('resnet18').value, 'url', file.as_uri())
+        return tmp_path/'cache'/'checkpoints'/file.name
+    return serve
+
+
+@pytest.fixture
+def content(net, tmp_path):
+    """A file with the weights of `net`, as bytes."""
+    torch.save(net, tmp_path/'w.pth')
+    return (tmp_path/'w.pth').read_bytes()
+
+
+def test_pretrained_weights_are_downloaded_checked_kept_and_used(hub, content, net, capfd):
+    cached = hub(content)
+    state = torch.get_rng_state()
+    b = backbone('resnet18', size=64)
+    assert torch.equal(torch.get_rng_state(), state) and cached.exists() and cached == weights_file('resnet18')
+    assert torch.equal(b(images(2, 3, 64, 64)), make(Backbone, net)(images(2, 3, 64, 64)))
+    assert not b.training and 'Downloading' in capfd.readouterr().out
+    backbone('resnet18')  # from the cache
+    assert 'Downloading' not in capfd.readouterr().out
+
+
+def test_no_network_and_no_cache_is_an_error_that_says_what_to_put_where(hub):
+    cached = hub(b'', 'f37072fd')
+    with pytest.raises(RuntimeError) as caught: backbone('resnet18')
+    said = str(caught.value)
+    assert all(part in said for part in ('resnet18', str(cached.parent), cached.name, 'file://', "weights='random'")), said
+    assert caught.value.__cause__ is not None
+
+
+@pytest.mark.parametrize('error', [ConnectionResetError('reset'), TimeoutError('slow'), backbones.HTTPException('odd')])
+def test_every_way_to_fail_is_the_same_error(hub, monkeypatch, error):
+    hub(b'', 'f37072fd')
+    def fail(*args, **kwargs): raise error
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', fail)
+    with pytest.raises(RuntimeError, match='no pretrained weights for resnet18'): backbone('resnet18')
+
+
+def test_the_weights_asked_for_are_the_weights_that_torchvision_loads(hub, monkeypatch):
+    asked = []
+    monkeypatch.setattr(models, 'get_model', lambda name, weights, progress: asked.append((name, weights.name)))
+    for weights in ('imagenet', 'imagenet-v1'): backbones.load_pretrained('resnet50', weights)
+    assert asked == [('resnet50', 'IMAGENET1K_V2'), ('resnet50', 'IMAGENET1K_V1')]
+
+
+def test_a_download_with_another_digest_is_refused(hub, content):
+    cached = hub(content, 'f37072fd')
+    with pytest.raises(RuntimeError, match='invalid hash'): backbone('resnet18')
+    assert not cached.exists()
+
+
+def test_a_damaged_file_in_the_cache_is_refused_before_it_is_opened(hub, content, monkeypatch):
+    cached = hub(content)
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(content[:-1000])
+    monkeypatch.setattr(torch, 'load', lambda *a, **k: pytest.fail('the file was opened'))
+    with pytest.raises(RuntimeError, match='is damaged or another file'): backbone('resnet18')
+
+
+def test_check_file(tmp_path):
+    good = tmp_path/f'net-{hashlib.sha256(b"abc").hexdigest()[:8]}.pth'
+    good.write_bytes(b'abc')
+    check_file(good)
+    good.write_bytes(b'abd')
+    with pytest.raises(RuntimeError, match='delete it'): check_file(good)
