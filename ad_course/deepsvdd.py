@@ -57,8 +57,8 @@ class Sphere(Detector):
 
     def of_normal(self, f, data, most=None):
         """The hook `f`, in eval mode, of the training images that are not labelled anomalies: (n, ...). most: of about so many."""
-        answers = islice(self.each_batch(f, data), most and -(-most // self.batch_size))
-        return np.concatenate([out[y == 0] for out, y in answers])
+        answers = (out[y == 0] for out, y in self.each_batch(f, data) if (y == 0).any())
+        return np.concatenate(list(islice(answers, most and -(-most // self.batch_size))))
 
     def require_number(self, name, least):
         """ValueError unless a hyper-parameter is a finite number from `least` on."""
