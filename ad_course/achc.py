@@ -14,11 +14,11 @@ from .cwdsvdd import CWDSVDD
 from .detector import total_loss
 from .networks import generator, mlp
 
-# %% ../nbs/3_one_class/36_achc.ipynb #0000000e
+# %% ../nbs/3_one_class/36_achc.ipynb #0000000f
 @dataclass(kw_only=True, eq=False, repr=False)
 class Invents(CWDSVDD):
     """The generator and its two terms, equation (7)."""
-    omega1: float = 10.          # weight of the generated images inside the sphere
+    omega1: float = 1.           # weight of the generated images inside the sphere
     omega2: float = .01          # weight of their distance to normal images; too large, and the loss has no minimum
     latent_dim: int = 16         # of the noise that the generator starts from
     generator_lr: float = 1e-2   # larger than lr, or the generator never arrives
@@ -51,7 +51,7 @@ class Invents(CWDSVDD):
         self.require_number('generator_lr', 0)
         self.require(self.generator_lr > 0, 'generator_lr', 'a number above 0')
 
-# %% ../nbs/3_one_class/36_achc.ipynb #00000010
+# %% ../nbs/3_one_class/36_achc.ipynb #00000011
 class Plays(Invents):
     """Algorithm 3.2: the detector descends equation (8), then the generator climbs it."""
     def loss(self, xb, yb):
@@ -83,18 +83,22 @@ class Plays(Invents):
         if 'generator' in self.nets_: self.generator_step(xb, yb)
         return terms
 
-# %% ../nbs/3_one_class/36_achc.ipynb #00000012
+# %% ../nbs/3_one_class/36_achc.ipynb #00000013
 @dataclass(kw_only=True, eq=False, repr=False)
 class ACHC(Plays):
     """Adversarial compact wrapping with hyperspherical constraint (Fu et al. 2026, equations 7 to 9, algorithm 3.2)."""
     loss_falls = False
     epochs: int = 20             # T, the rounds of the game at most
+    batch_size: int = 64
+    lr: float = 1e-3             # of the network before the game
+    game_lr: float = 3e-4        # of the network in the game: a few images at the border must not throw all others out of the sphere
     sphere_lr: float = 1e-2      # of center and radius
     tol: float = 1e-4            # ends the game when weights, center and radius move less in a round, relative to their size
 
     def play(self, data):
         self.center_, self.radius_ = nn.Parameter(self.center_.clone()), nn.Parameter(torch.tensor(self.radius_, device=self.place()))
         self.optimizers_['sphere'] = torch.optim.SGD([self.center_, self.radius_], lr=self.sphere_lr)
+        for group in self.optimizers_['all'].param_groups: group['lr'] = self.game_lr
         self._last = None
         try: super().play(data)
         finally: self.center_, self.radius_, self._last = self.center_.detach(), abs(float(self.radius_.detach())), None
@@ -113,4 +117,5 @@ class ACHC(Plays):
     def check_params(self):
         super().check_params()
         self.require_number('sphere_lr', 0)
+        self.require_number('game_lr', 0)
         self.require_number('tol', 0)
