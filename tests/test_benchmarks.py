@@ -10,8 +10,8 @@ import pytest
 FOLDER = Path(__file__).parent/'benchmarks'
 
 
-def run(*args, **env):
-    done = subprocess.run([sys.executable, FOLDER/'train_ae.py', *args], capture_output=True, text=True, timeout=300, env={**os.environ, **env})
+def run(*args, script='train_ae.py', **env):
+    done = subprocess.run([sys.executable, FOLDER/script, *args], capture_output=True, text=True, timeout=300, env={**os.environ, **env})
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -42,3 +42,13 @@ def test_a_missing_peer_is_named(tmp_path):
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60, env={**os.environ, 'PYTHONPATH': str(tmp_path)})
     assert 'PyOD AutoEncoder: left out' in done.stdout and "pip install -e '.[peers]'" in done.stdout and 'this processor' in done.stdout, done.stderr
     assert 'ours, bfloat16' not in done.stdout.splitlines()[-1] and 'PyOD' not in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_train_deepsvdd(tmp_path):
+    """Small, without peers, on the made-up images: a line for every contestant."""
+    out = run('--digits', '2', '--images', '64', '--epochs', '2', '--rounds', '1', '--no-peers', script='train_deepsvdd.py', AD_COURSE_DATA=str(tmp_path))
+    head, _, *lines = rows(out)
+    assert head == ['contestant', 'its CPU s, min', 'ratio', 'whole fit, s, median', 'peak, MiB', 'AUROC 2']
+    assert {line[0] for line in lines} == {'plain loop, our network', 'ours', 'ours, ACHC', 'plain loop, no warm start', 'ours, no warm start', 'PCA, 30 components'}
+    for name, cpu, ratio, whole, peak, auroc in lines: assert float(cpu) >= 0 and 0 <= float(auroc) <= 1
