@@ -444,7 +444,8 @@ def test_a_real_signal(tmp_path):
 
 
 CHILD = """
-import sys, time, warnings
+import signal, sys, time, warnings
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born deaf to it
 import numpy as np
 from torch.utils.data import Dataset
 from ad_course.ae import AE
