@@ -257,8 +257,7 @@ class Thresholds:
     """Where `threshold_` comes from: normal images, never test images."""
     def calibrate(self, x):
         """Set `threshold_` from normal images x that `fit` has not seen; the scores do not change. Returns self."""
-        scores = self.decision_function(x)
-        if not len(scores): raise ValueError('calibrate needs at least one image')
+        if not len(scores := self.decision_function(x)): raise ValueError('calibrate needs at least one image')
         self.threshold_ = self.checked_threshold(scores)
         return self
 
@@ -270,8 +269,7 @@ class Thresholds:
 
     def checked_threshold(self, scores):
         """What `threshold_rule` says; ValueError where it is not a number."""
-        threshold = float(self.threshold_rule(scores))
-        if np.isnan(threshold): raise ValueError(f'{type(self).__name__}.threshold_rule gave NaN for {len(scores)} scores')
+        if np.isnan(threshold := float(self.threshold_rule(scores))): raise ValueError(f'{type(self).__name__}.threshold_rule gave NaN for {len(scores)} scores')
         return threshold
 
     def training_scores(self, data):
