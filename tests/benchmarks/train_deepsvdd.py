@@ -27,7 +27,7 @@ CONTESTANTS = {
     'DeepOD DeepSVDD': 'deepod',
     'PCA, 30 components': 'pca',
 }
-PEERS = {'PyOD DeepSVDD': ('pyod.models.deep_svdd', 'pip install pyod'), 'DeepOD DeepSVDD': ('deepod.models.tabular', 'pip install deepod')}
+PEERS = {'PyOD DeepSVDD': ('pyod.models.deep_svdd', "pip install -e '.[peers]'"), 'DeepOD DeepSVDD': ('deepod.models.tabular', 'pip install pandas, then pip install --no-deps deepod')}
 
 
 # ---------------------------------------------------------------- what is measured, in a process of its own
