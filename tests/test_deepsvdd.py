@@ -322,4 +322,4 @@ def test_benchmark_runs_small(tmp_path):
                           capture_output=True, text=True, timeout=300, env={**os.environ, 'AD_COURSE_DATA': str(tmp_path)})
     assert done.returncode == 0, done.stderr
     names = [line.split('|')[1].strip() for line in done.stdout.splitlines() if line.startswith('|')][2:]
-    assert names == ['plain loop, our network', 'ours', 'ours, ACHC', 'plain loop, no warm start', 'ours, no warm start', 'PCA, 30 components']
+    assert names == ['plain loop, our network', 'ours', 'ours, ACHC', 'plain loop, no warm start', 'ours, no warm start', "ours, PyOD's layers", 'PCA, 30 components']

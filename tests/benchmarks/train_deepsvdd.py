@@ -23,6 +23,7 @@ CONTESTANTS = {
     'ours, ACHC': 'achc',
     'plain loop, no warm start': 'loop cold',
     'ours, no warm start': 'fit cold',
+    "ours, PyOD's layers": 'fit layers',
     'PyOD DeepSVDD': 'pyod',
     'DeepOD DeepSVDD': 'deepod',
     'PCA, 30 components': 'pca',
@@ -96,16 +97,19 @@ def train_plainly(x, epochs, warm):
 
 def train(who, x, epochs):
     """One contestant; a function from images to scores."""
-    kind, *cold = who.split()
+    kind, *how = who.split()
     flat = lambda images: images.reshape(len(images), -1)
-    if kind == 'loop': return train_plainly(x, epochs, not cold)
+    if kind == 'loop': return train_plainly(x, epochs, not how)
+    if kind == 'fit' and how == ['layers']:   # linear layers of 64 and 32 units, no warm start: as PyOD has them
+        from ad_course.deepsvdd import DeepSVDD
+        return DeepSVDD(epochs=2 * epochs, pretrain_epochs=0, batch_size=BATCH, kind='mlp', width=8, code_dim=32, device='cpu', verbose=False).fit(x).decision_function
     if kind == 'fit':
         from ad_course.deepsvdd import DeepSVDD
-        return DeepSVDD(epochs=epochs, pretrain_epochs=0 if cold else epochs, batch_size=BATCH, lr=LR, pretrain_lr=PRETRAIN_LR, weight_decay=DECAY, code_dim=CODE_DIM,
+        return DeepSVDD(epochs=epochs, pretrain_epochs=0 if how else epochs, batch_size=BATCH, lr=LR, pretrain_lr=PRETRAIN_LR, weight_decay=DECAY, code_dim=CODE_DIM,
                         width=WIDTH, device='cpu', verbose=False).fit(x).decision_function
-    if kind == 'achc':   # as many passes over the images: half of Deep SVDD's before the game, half in it
+    if kind == 'achc':   # as many passes over the images: half before the game, half in it
         from ad_course.achc import ACHC
-        return ACHC(epochs=epochs - epochs // 2, warm_up=epochs // 2, pretrain_epochs=epochs, batch_size=BATCH, code_dim=CODE_DIM, width=WIDTH, device='cpu', verbose=False).fit(x).decision_function
+        return ACHC(epochs=epochs, warm_up=epochs, batch_size=BATCH, width=WIDTH, device='cpu', verbose=False).fit(x).decision_function
     if kind == 'pca':
         from ad_course.baselines import PCA
         return PCA(components=min(30, len(x) - 1), device='cpu').fit(x).decision_function
