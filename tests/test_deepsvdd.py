@@ -1,9 +1,5 @@
 """Deep SVDD: objectives, center and radius against hand values and autograd, collapse seen, and mutants of every rule."""
-import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -312,14 +308,3 @@ def test_lenet_lowers_its_rates_after_the_drop():
 @pytest.mark.parametrize('shape, settings, what', [((1, 8, 8), dict(), '28x28'), ((3, 32, 32), dict(), 'chans'), ((1, 28, 28), dict(code_dim=20), 'multiple')])
 def test_lenet_says_what_it_cannot_take(shape, settings, what):
     with pytest.raises(ValueError, match=what): LeNetSVDD(verbose=False, **settings).fit(np.random.default_rng(0).random((4, *shape)))
-
-
-@pytest.mark.slow
-def test_benchmark_runs_small(tmp_path):
-    """Without peers, on the made-up images: a line for every contestant."""
-    script = Path(__file__).parent/'benchmarks'/'train_deepsvdd.py'
-    done = subprocess.run([sys.executable, script, '--images', '64', '--epochs', '1', '--rounds', '1', '--digits', '2', '--no-peers'],
-                          capture_output=True, text=True, timeout=300, env={**os.environ, 'AD_COURSE_DATA': str(tmp_path)})
-    assert done.returncode == 0, done.stderr
-    names = [line.split('|')[1].strip() for line in done.stdout.splitlines() if line.startswith('|')][2:]
-    assert names == ['plain loop, our network', 'ours', 'ours, ACHC', 'plain loop, no warm start', 'ours, no warm start', "ours, PyOD's layers", 'PCA, 30 components']
