@@ -431,7 +431,7 @@ class Signals(AE):
 
 def test_a_real_signal(tmp_path):
     """As Ctrl-C: through Python's signal handler, in this thread and from another."""
-    x = images(10)
+    x, before = images(10), signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's background job is born deaf to it
     try:
         with pytest.warns(UserWarning, match='interrupted'): d = Signals(epochs=9, batch_size=4, verbose=False).fit(x)
         assert len(d.history_['seconds']) == 2
@@ -439,6 +439,7 @@ def test_a_real_signal(tmp_path):
         threading.Timer(.3, _thread.interrupt_main).start()
         with pytest.warns(UserWarning, match='interrupted'): d = SMALL['AE'](epochs=10**6).fit(x)
     except KeyboardInterrupt: pytest.fail('fit did not catch the interruption')
+    finally: signal.signal(signal.SIGINT, before)
     assert len(d.history_['seconds']) > 0
     usable(d, x, tmp_path/'model')
 
