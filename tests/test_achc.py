@@ -292,3 +292,26 @@ def test_one_image_and_copies():
     with pytest.raises(ValueError): ACHC(**TINY | dict(features='pca', components=3)).fit(np.repeat(X[:1], 20, 0))
     x = np.concatenate([X[:30], X[:30]])                                                    # every image twice
     assert np.isfinite(ACHC(**TINY).fit(x).decision_function(x)).all()
+
+
+def test_the_game_has_a_rate_of_its_own():
+    rates = {'warm': set(), 'game': set()}
+    class Watched(ACHC):
+        def warm_step(self, xb, yb):
+            rates['warm'].add(self.optimizers_['all'].param_groups[0]['lr'])
+            return super().warm_step(xb, yb)
+
+        def detector_step(self, xb, yb):
+            rates['game'].add(self.optimizers_['all'].param_groups[0]['lr'])
+            return super().detector_step(xb, yb)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        Watched(**TINY, lr=3e-3, game_lr=2e-4).fit(X, Y)
+    assert rates == {'warm': {3e-3}, 'game': {2e-4}}
+    with pytest.raises(ValueError, match='game_lr'): ACHC(**TINY, game_lr=-1.).fit(X, Y)
+
+
+def test_the_start_is_a_wide_random_code():
+    """The chapter's choice: no autoencoder before the game, and a code wider than any image of the digits."""
+    assert ACHC().pretrain_epochs == 0 and ACHC().code_dim > X[0].size
