@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 from ad_course.achc import ACHC
-from ad_course.data import digits, surfaces
+from ad_course.data import digits
 from ad_course.detector import check_detector, isolated, total_loss
+from ad_course.surfaces import surfaces
 
 TASK = digits(normal=3)
 X = np.concatenate([TASK.x_train[:60], TASK.x_reserve[:20]])

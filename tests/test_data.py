@@ -8,8 +8,10 @@ import torch
 import torchvision
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
-from ad_course import data
+from ad_course import datasets
 from ad_course.data import *
+from ad_course.datasets import *
+from ad_course.surfaces import *
 
 REAL = data_root()
 quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -394,7 +396,7 @@ def test_cifar100_families(monkeypatch):
         13, 16, 19, 2, 4, 6, 19, 5, 5, 8, 19, 18, 1, 2, 15, 6, 0, 17, 8, 14, 13])
     x = np.random.default_rng(0).integers(0, 256, (400, 3, 4, 4), dtype=np.uint8)
     fine = np.arange(200) % 100
-    monkeypatch.setattr(data, '_fetch', lambda which, root: (x[:200], fine, x[200:], fine))
+    monkeypatch.setattr(datasets, '_fetch', lambda which, root: (x[:200], fine, x[200:], fine))
     for i, name in enumerate(SUPERCLASSES):
         t = cifar100(i)
         assert pixels(t.x_train) == pixels(x[:200][coarse[fine] == i]) and same(t, cifar100(name))

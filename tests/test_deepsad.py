@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ad_course.data import digits, label_anomalies
-from ad_course.deepsad import HSC, DeepSAD, balanced, expose, look_for_overlap, pseudo_huber
+from ad_course.data import balanced, digits, expose, label_anomalies
+from ad_course.deepsad import HSC, DeepSAD, look_for_overlap, pseudo_huber
 from ad_course.deepsvdd import DeepSVDD, guarded, quantile_radius
 from ad_course.detector import hook_loss, total_loss
 from ad_course.metrics import auroc

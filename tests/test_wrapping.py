@@ -269,7 +269,7 @@ def test_a_cover_of_ones_own_radius_may_swallow_all():
     (lambda: W.wrap(P2, 1, r=.5), 'r must'), (lambda: W.wrap(P2, share=0), 'share'), (lambda: W.wrap(P2, rule='all'), 'no rule'), (lambda: W.wrap(P2, 1, n_max=1.5), 'n_max'), (lambda: W.wrap(P2, 1, radius=-1), 'radius'),
     (lambda: W.Cover(P2, 1).holds(P5), '5 dimensions'), (lambda: W.wrap(G.random((1200, 784), dtype='float32'), 1.), 'GiB'),
     (lambda: W.wrap(np.float32([[1e9, 0], [0, 0]]), 1.), 'rounding'), (lambda: W.ImageWrapper(space='code').fit(IMAGES), 'space'), (lambda: W.ImageWrapper(components=31).fit(IMAGES), 'at most 16'),
-    (lambda: W.ImageWrapper().fit(IMAGES * 0), 'the same'), (lambda: W.flat_set('ring'), 'no set')])
+    (lambda: W.ImageWrapper().fit(IMAGES * 0), 'the same')])
 def test_wrong_use(use, words):
     with pytest.raises(ValueError, match=words): use()
 

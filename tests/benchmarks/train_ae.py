@@ -34,7 +34,6 @@ CONTESTANTS = {
 
 def data(n):
     """(training images, test images, test labels, what they are): MNIST where it lies, one digit normal, else made-up surfaces."""
-    from ad_course.data import data_root, mnist, surfaces
     if (data_root()/'MNIST').exists(): task, name = mnist(normal=3), 'MNIST, the digit 3 is normal'
     else: task, name = surfaces(n, 200, size=28), 'surfaces of 28x28 (MNIST is not in AD_COURSE_DATA)'
     x, x_test = ((a / 255 if a.dtype == 'uint8' else a).astype('float32') for a in (task.x_train[:n], task.x_test[:2000]))
@@ -112,6 +111,7 @@ def train_plainly(make, x, epochs):
 def train_ours(kind, x, epochs, precision='float32'):
     """`fit` of the course."""
     from ad_course.ae import AE
+    from ad_course.datasets import data_root, mnist
     d = AE(epochs=epochs, code_dim=CODE_DIM, width=WIDTH, kind=kind, batch_size=BATCH, seed=SEED, device='cpu', precision=precision, verbose=False).fit(x)
     return d.history_['seconds'], d.decision_function
 
@@ -158,6 +158,7 @@ def measure(contestant, n, epochs, threads):
     import torch
     torch.set_num_threads(threads)
     from ad_course.metrics import auroc
+    from ad_course.surfaces import surfaces
     network, who = CONTESTANTS[contestant]
     x, x_test, y_test, name = data(n)
     import ad_course.ae                         # imports count for nobody

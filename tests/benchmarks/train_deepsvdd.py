@@ -36,7 +36,6 @@ PEERS = {'PyOD DeepSVDD': ('pyod.models.deep_svdd', "pip install -e '.[peers]'")
 def data(digit, limit=None):
     """(training images, test images, test labels, what they are): MNIST where it lies, else made-up surfaces."""
     import numpy as np
-    from ad_course.data import data_root, mnist, surfaces
     if not (data_root()/'MNIST').exists():
         task = surfaces(limit or 300, 200, size=28, seed=digit)
         return task.x_train, task.x_test, task.y_test, 'surfaces of 28x28 (MNIST is not in AD_COURSE_DATA)'
@@ -53,6 +52,7 @@ def train_plainly(x, epochs, warm):
     import numpy as np
     import torch
     from torch.utils.data import DataLoader, TensorDataset
+    from ad_course.datasets import data_root, mnist
     from ad_course.networks import decoder, encoder
     torch.manual_seed(0)
     def contrast(x):
@@ -128,6 +128,7 @@ def measure(contestant, digit, limit, epochs, threads):
     import torch
     torch.set_num_threads(threads)
     from ad_course.metrics import auroc
+    from ad_course.surfaces import surfaces
     import ad_course.achc, ad_course.baselines  # imports count for nobody
     if contestant in PEERS: __import__(PEERS[contestant][0])
     who = CONTESTANTS[contestant]
