@@ -65,15 +65,15 @@ class TwoScores:
     """Equation (6): reconstruction error and length of the code, balanced by training images; mixed into an autoencoder."""
     def parts(self, xb):
         """Reconstruction error and mean squared length of the code, side by side: (b, 2)."""
-        return torch.stack([super().score(xb), self.code(xb).square().mean(1)], dim=1)
+        return torch.stack([super().image_score(xb), self.code(xb).square().mean(1)], dim=1)
 
     def set_threshold(self, data):
         """Means and deviations of both parts over the training images, then the threshold."""
         parts = np.concatenate([p for p, _ in self.each_batch(self.parts, data, dims=2)])  # (n, 2)
-        self.center_, self.scale_ = (torch.as_tensor(a, device=self.place()) for a in (parts.mean(0), parts.std(0).clip(1e-8)))
+        self.center_, self.scale_ = (torch.as_tensor(a, device=self.torch_device()) for a in (parts.mean(0), parts.std(0).clip(1e-8)))
         super().set_threshold(data)
 
-    def score(self, xb):
+    def image_score(self, xb):
         """Equation (6): (b,), in standard deviations of the training images."""
         error, length = ((self.parts(xb) - self.center_) / self.scale_).unbind(1)
         return error + self.prior_weight * length
@@ -92,7 +92,7 @@ class AAE(TwoScores, Game, AE):
 
     def check_params(self):
         super().check_params()
-        self.require_whole('critic_width', 1)
+        self.require_whole('critic_width', least=1)
         ok = lambda name: isinstance(getattr(self, name), numbers.Real) and 0 <= getattr(self, name) < float('inf')
         for name in ('critic_lr', 'game_lr'): self.require(ok(name) and getattr(self, name) > 0, name, 'a number above 0')
         for name in ('consistency', 'prior_weight'): self.require(ok(name), name, 'a number, 0 or more')

@@ -35,7 +35,7 @@ class Invents(CWDSVDD):
 
     def invent(self, b):
         """What the generator makes of b draws of noise, as the network sees it: (b, ...)."""
-        return self.nets_.generator(torch.randn(b, self.latent_dim, device=self.place()))
+        return self.nets_.generator(torch.randn(b, self.latent_dim, device=self.torch_device()))
 
     def game(self, codes, invented, normal):
         """Equation (7): (generated, similarity), each (b,). codes (b, k) of images; invented (b, ...); normal (b,): weights, 0 for labelled images."""
@@ -47,7 +47,7 @@ class Invents(CWDSVDD):
     def check_params(self):
         super().check_params()
         for name in ('omega1', 'omega2'): self.require_number(name, 0)
-        self.require_whole('latent_dim', 1)
+        self.require_whole('latent_dim', least=1)
         self.require_number('generator_lr', 0)
         self.require(self.generator_lr > 0, 'generator_lr', 'a number above 0')
 
@@ -87,7 +87,7 @@ class Plays(Invents):
 class Moves(Plays):
     """A sphere whose center and radius are parameters, and the end of the game."""
     def play(self, data):
-        self.center_, self.radius_ = nn.Parameter(self.center_.clone()), nn.Parameter(torch.tensor(self.radius_, device=self.place()))
+        self.center_, self.radius_ = nn.Parameter(self.center_.clone()), nn.Parameter(torch.tensor(self.radius_, device=self.torch_device()))
         self.optimizers_['sphere'] = torch.optim.SGD([self.center_, self.radius_], lr=self.sphere_lr)
         for group in self.optimizers_['all'].param_groups: group['lr'] = self.game_lr
         self._last = None

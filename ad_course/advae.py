@@ -128,7 +128,7 @@ class Judged(TwoSteps):
     def reconstruction(self, xb):
         mu, logvar = self.posterior(xb)
         if not self.draws: return self.nets_.decoder(mu)
-        noise = torch.randn(self.draws, self.code_dim, generator=self.generator(), device=mu.device)  # shared by all images
+        noise = torch.randn(self.draws, self.code_dim, generator=self.rng(), device=mu.device)  # shared by all images
         return sum(self.nets_.decoder(mu + (logvar / 2).exp() * e) for e in noise.to(mu)) / self.draws
 
     def threshold_rule(self, scores):
@@ -152,8 +152,8 @@ class AdVAE(Judged):
 
     def check_params(self):
         super().check_params()
-        for name in ('code_dim', 'width'): self.require_whole(name, 1)
-        self.require_whole('draws', 0)
+        for name in ('code_dim', 'width'): self.require_whole(name, least=1)
+        self.require_whole('draws', least=0)
         number = lambda v: isinstance(v, numbers.Real) and np.isfinite(v)
         for name in ('kl', 'balance', 'gamma', 'margin_x', 'margin_z'): self.require(number(getattr(self, name)) and getattr(self, name) >= 0, name, 'a number, 0 or more')
         self.require(self.rule in RULES, 'rule', f'one of {RULES}')

@@ -27,7 +27,7 @@ class Reconstructs(Detector):
         """Equation (1) before the sum: (b, c, h, w)."""
         return (xb - self.reconstruction(xb)).square()
 
-    def score(self, xb): return self.errors(xb).flatten(1).mean(1)  # (b,)
+    def image_score(self, xb): return self.errors(xb).flatten(1).mean(1)  # (b,)
     def pixel_score(self, xb): return self.errors(xb).sum(1)        # (b, h, w)
 
     def encode(self, x):
@@ -50,7 +50,7 @@ class AE(Reconstructs):
 
     def check_params(self):
         super().check_params()
-        for name in ('code_dim', 'width'): self.require_whole(name, 1)
+        for name in ('code_dim', 'width'): self.require_whole(name, least=1)
         self.require(isinstance(self.weight_decay, numbers.Real) and 0 <= self.weight_decay < float('inf'), 'weight_decay', 'a number, 0 or more')
 
     def networks(self, shape):

@@ -29,7 +29,7 @@ class ClosedForm(Detector):
 class MeanImage(ClosedForm):
     """Mean squared distance to the mean training image."""
     def learn(self, rows): self.mean_ = rows.mean(0)  # (d,)
-    def score(self, xb): return (xb.flatten(1) - self.mean_).square().mean(1)  # (b,)
+    def image_score(self, xb): return (xb.flatten(1) - self.mean_).square().mean(1)  # (b,)
     def pixel_score(self, xb): return (xb - self.mean_.view(1, *self.shape_)).square().sum(1)  # (b, h, w)
 
 # %% ../nbs/0_foundations/06_baselines.ipynb #0000000d
@@ -49,14 +49,14 @@ class PCA(ClosedForm):
         if not np.ptp(rows, axis=0).any(): raise ValueError('all training images are the same: there is no plane to fit')
         if k > min(rows.shape): raise ValueError(f'{k} components need as many images and pixels; got {rows.shape[0]} images of {rows.shape[1]} pixels')
         pca = LinearPCA(float(k) if k < 1 else int(k), svd_solver='full').fit(rows)
-        self.mean_, self.components_ = (torch.as_tensor(np.ascontiguousarray(a), dtype=torch.float32, device=self.place()) for a in (pca.mean_, pca.components_))
+        self.mean_, self.components_ = (torch.as_tensor(np.ascontiguousarray(a), dtype=torch.float32, device=self.torch_device()) for a in (pca.mean_, pca.components_))
 
     def residual(self, xb):
         """What the plane cannot hold of each image: (b, d)."""
         rows = xb.flatten(1) - self.mean_                               # (b, d)
         return rows - rows @ self.components_.T @ self.components_      # (b, d)
 
-    def score(self, xb): return self.residual(xb).square().mean(1)
+    def image_score(self, xb): return self.residual(xb).square().mean(1)
     def pixel_score(self, xb): return self.residual(xb).square().view(xb.shape).sum(1)
 
 # %% ../nbs/0_foundations/06_baselines.ipynb #00000010
@@ -67,7 +67,7 @@ class KNN(ClosedForm):
 
     def check_params(self):
         super().check_params()
-        self.require_whole('k', 1)
+        self.require_whole('k', least=1)
 
     def learn(self, rows):
         if len(rows) <= self.k: raise ValueError(f'{self.k} neighbors need more than {self.k} images; got {len(rows)}')
@@ -78,7 +78,7 @@ class KNN(ClosedForm):
         search = NearestNeighbors(n_neighbors=self.k, algorithm='brute').fit(self.bank_.cpu().numpy())
         return search.kneighbors(rows)[0] / self.bank_.shape[1]**.5
 
-    def score(self, xb):
+    def image_score(self, xb):
         return torch.as_tensor(self.nearest(xb.flatten(1).cpu().numpy()).mean(1), dtype=torch.float32)
 
     def training_scores(self, data):

@@ -90,7 +90,7 @@ class CAE(TiedAE):
         self.require(self.penalize in ('code', 'reconstruction'), 'penalize', "'code' or 'reconstruction'")
         ways = ('auto', 'exact', 'random') + ('closed',) * self.has_closed_form()
         self.require(self.jacobian in ways, 'jacobian', f'one of {ways} for these networks')
-        self.require_whole('directions', 1)
+        self.require_whole('directions', least=1)
 
     def has_closed_form(self):
         """True where equation (2) holds."""

@@ -56,18 +56,18 @@ class OnFeatures(ClosedForm):
         rows = xb.flatten(1).double()
         return (rows - self.mean_) @ self.directions_.T if hasattr(self, 'directions_') else rows
 
-    def score(self, xb): return self.score_features(self.features(xb))  # (b,)
+    def image_score(self, xb): return self.score_features(self.features(xb))  # (b,)
 
     def keep(self, a):
         """An array as a tensor on the device, to be saved with the detector."""
-        return torch.as_tensor(np.ascontiguousarray(a), device=self.place())
+        return torch.as_tensor(np.ascontiguousarray(a), device=self.torch_device())
 
 # %% ../nbs/3_one_class/31_classical.ipynb #0000000f
 @dataclass(kw_only=True, eq=False, repr=False)
 class FeatureKNN(OnFeatures, KNN):
     """`KNN` on pixels or on principal components."""
     def learn_features(self, z): KNN.learn(self, z)
-    def score_features(self, z): return KNN.score(self, z)
+    def score_features(self, z): return KNN.image_score(self, z)
 
 # %% ../nbs/3_one_class/31_classical.ipynb #00000012
 def show_boundary(detector, points=None, y=None, level=None, steps=50, ax=None):
@@ -198,8 +198,8 @@ class IForest(OnFeatures):
 
     def check_params(self):
         super().check_params()
-        self.require_whole('trees', 1)
-        self.require_whole('samples', 2)
+        self.require_whole('trees', least=1)
+        self.require_whole('samples', least=2)
 
     def learn_features(self, z):
         m = min(self.samples, len(z))
@@ -264,7 +264,7 @@ class GMM(OnFeatures):
 
     def check_params(self):
         super().check_params()
-        self.require_whole('mixtures', 1)
+        self.require_whole('mixtures', least=1)
         self.require(is_number(self.floor), 'floor', 'a number above 0')
 
     def learn_features(self, z):

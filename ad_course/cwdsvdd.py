@@ -16,7 +16,8 @@ from torch import nn
 from .backbones import BACKBONES, backbone
 from .data import digests
 from .deepsvdd import DeepSVDD, Sphere
-from .detector import Detector, index_batches, total_loss
+from .batches import index_batches
+from .detector import Detector, total_loss
 from .networks import mlp, squared_weights
 from .wrapping import ImageWrapper, density_epsilon, wrap
 
@@ -75,7 +76,7 @@ class Extracts(Sphere):
         super().check_params()
         self.require(self.features in (None, 'pca', *BACKBONES), 'features', f"None, 'pca' or one of {', '.join(BACKBONES)}")
         self.require(self.weights in ('imagenet', 'random'), 'weights', "'imagenet' or 'random'")
-        self.require_whole('components', 1)
+        self.require_whole('components', least=1)
 
 # %% ../nbs/3_one_class/35_cwdsvdd.ipynb #00000022
 class Views(Extracts):
@@ -87,7 +88,7 @@ class Views(Extracts):
         if k > min(rows.shape): raise ValueError(f'{k} components need as many images and features; got {rows.shape[0]} images with {rows.shape[1]} features each')
         pca = PCA(k, svd_solver='full').fit(rows)
         axes = pca.components_ / np.sqrt(pca.explained_variance_.mean())
-        self.mean_, self.axes_ = (torch.as_tensor(np.ascontiguousarray(a), dtype=torch.float32, device=self.place()) for a in (pca.mean_, axes))
+        self.mean_, self.axes_ = (torch.as_tensor(np.ascontiguousarray(a), dtype=torch.float32, device=self.torch_device()) for a in (pca.mean_, axes))
 
     def view(self, data):
         """The data as the network sees it: the images, or rows of features, extracted once."""
@@ -95,7 +96,7 @@ class Views(Extracts):
         if self.features != 'pca': self.nets_.backbone.load_state_dict(backbone(self.features, self.weights).state_dict())
         self.find_features(data)
         seen = [(torch.as_tensor(rows), torch.as_tensor(y)) for rows, y in self.each_batch(self.prepare, data)]
-        return Rows(*(torch.cat(part) for part in zip(*seen)), self.place())
+        return Rows(*(torch.cat(part) for part in zip(*seen)), self.torch_device())
 
 # %% ../nbs/3_one_class/35_cwdsvdd.ipynb #00000024
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -111,7 +112,7 @@ class Wraps(Sphere):
         self._bank = None
         if not self.wraps: return
         points = self.wrapped(self.of_normal(self.prepare, data), self.wraps, int(self.seed) + draw)
-        self._bank = torch.as_tensor(points, dtype=torch.float32, device=self.place())
+        self._bank = torch.as_tensor(points, dtype=torch.float32, device=self.torch_device())
 
     def wrapped(self, views, most, seed):
         """At most so many wrapping points of views (n, ...): rows along their axes, images along the principal components."""
@@ -150,7 +151,7 @@ class CWDSVDDSettings(Wraps, Views, DeepSVDD):
 
     def check_params(self):
         super().check_params()
-        for name in ('wraps', 'refresh'): self.require_whole(name, 0)
+        for name in ('wraps', 'refresh'): self.require_whole(name, least=0)
         for name in ('mu', 'reach'):
             self.require_number(name, 0)
             self.require(getattr(self, name) > 0, name, 'a number above 0')
@@ -217,7 +218,7 @@ class Placed(Updates):
 # %% ../nbs/3_one_class/35_cwdsvdd.ipynb #0000002d
 class Decides(Placed):
     """Score and threshold, equation (9)."""
-    def score(self, xb): return self.distances(xb)
+    def image_score(self, xb): return self.distances(xb)
 
     def threshold_rule(self, scores):
         """R^2 when `fit` asks, whatever the scores; their quantile when `calibrate` brings other images."""
@@ -267,7 +268,7 @@ class CWDSVDD(Labelled):
         """The epochs of equation (6)."""
         self.run(data, self.epochs)
 
-    def after_epoch(self, data):
+    def after_epoch(self, data, epoch):
         done = len(self.history_.get('outside', ()))       # 0 while it warms up
         if done and self.refresh and done % self.refresh == 0: self.make_wraps(data, done)
         if done: return self.settle(data)

@@ -77,7 +77,7 @@ class CenterAndRadius(Sphere):
     def find_center(self, data):
         """`center_` (code_dim,): the mean code of all training images, kept away from 0."""
         mean = self.of_normal(self.code, data).mean(0, dtype='float64')
-        self.center_ = guarded(torch.as_tensor(mean, dtype=torch.float32), self.guard).to(self.place())
+        self.center_ = guarded(torch.as_tensor(mean, dtype=torch.float32), self.guard).to(self.torch_device())
 
     def find_radius(self, data):
         """`radius_` (R, not its square): at most the share nu of all training images stays outside."""
@@ -101,7 +101,7 @@ class NoticesCollapse(Sphere):
     def spread(self, data):
         """Root mean squared distance of codes from their mean; of about 1024 training images and copies with scrambled pixels."""
         c, h, w = self.shape_
-        order = torch.randperm(h * w, generator=self.generator(), device=self.place())  # one order for all
+        order = torch.randperm(h * w, generator=self.rng(), device=self.torch_device())  # one order for all
         scrambled = lambda xb: xb.flatten(2)[..., order].view_as(xb)
         both = lambda xb: torch.stack([self.code(xb), self.code(scrambled(xb))], 1)     # (b, 2, k)
         z = np.concatenate(self.of_normal(both, data, 1024).astype('float64'))          # (2n, k)
@@ -141,7 +141,7 @@ class WarmStart(Sphere):
 
     def pretrain(self, data):
         """The warm start: `pretrain_epochs` with `pretrain_lr`, an Adam of its own."""
-        self.nets_['decoder'] = self.pretrain_decoder(self.shape_).to(self.place(), memory_format=torch.channels_last)
+        self.nets_['decoder'] = self.pretrain_decoder(self.shape_).to(self.torch_device(), memory_format=torch.channels_last)
         try:
             self.optimizers_['pretrain'] = self.adam('encoder', 'decoder')
             for group in self.optimizers_['pretrain'].param_groups: group['lr'] = self.pretrain_lr
@@ -175,7 +175,7 @@ class DeepSVDDSettings(CenterAndRadius, NoticesCollapse, WarmStart):
         super().check_params()
         self.require(self.objective in OBJECTIVES, 'objective', f'one of {OBJECTIVES}')
         self.require(isinstance(self.gcn, bool), 'gcn', 'True or False')
-        for name, least in dict(code_dim=1, width=1, pretrain_epochs=0, warm_up=0).items(): self.require_whole(name, least)
+        for name, least in dict(code_dim=1, width=1, pretrain_epochs=0, warm_up=0).items(): self.require_whole(name, least=least)
         self.require_number('pretrain_lr', 0)
         self.require(self.pretrain_lr > 0, 'pretrain_lr', 'a number above 0')
 
@@ -196,7 +196,7 @@ class DeepSVDD(DeepSVDDSettings):
         """Whether the boundary is soft."""
         return self.objective == 'soft-boundary'
 
-    def after_epoch(self, data):
+    def after_epoch(self, data, epoch):
         done = len(self.history_.get('outside', ()))                              # 0 during the warm start
         if done and done >= self.warm_up: self.find_radius(data)
 
@@ -209,7 +209,7 @@ class DeepSVDD(DeepSVDDSettings):
         if self.weight_decay: terms['decay'] = self.weight_decay / 2 * squared_weights(self.nets_.encoder)
         return terms
 
-    def score(self, xb):
+    def image_score(self, xb):
         d = self.distances(xb)                                                    # (b,)
         return d - self.radius_**2 if self.soft() else d
 
@@ -266,8 +266,8 @@ class LeNetSVDD(DeepSVDD):
 
     def pretrain_loss(self, xb): return {**super().pretrain_loss(xb), 'decay': self.pretrain_decay / 2 * squared_weights(self.nets_)}
 
-    def after_epoch(self, data):
-        super().after_epoch(data)
+    def after_epoch(self, data, epoch):
+        super().after_epoch(data, epoch)
         for name, term, at in (('pretrain', 'pretrain/reconstruction', self.pretrain_drop), ('all', 'outside' if self.soft() else 'distance', self.drop)):
             if name in self.optimizers_ and len(self.history_.get(term, ())) == at:
                 for group in self.optimizers_[name].param_groups: group['lr'] *= .1

@@ -65,7 +65,7 @@ class MapScore(Reconstructs):
         self.require(number(self.top) and 0 <= self.top <= 1, 'top', 'a share from 0 (maximum) to 1 (mean)')
 
     def pixel_score(self, xb): return smooth(super().pixel_score(xb), self.smoothing)  # (b, h, w)
-    def score(self, xb): return top_mean(self.pixel_score(xb), self.top)               # (b,)
+    def image_score(self, xb): return top_mean(self.pixel_score(xb), self.top)               # (b,)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -81,7 +81,7 @@ class SSIMAE(MapScore, AE):
 
     def check_params(self):
         super().check_params()
-        self.require_whole('window', 3)
+        self.require_whole('window', least=3)
         self.require(self.window % 2 == 1, 'window', 'odd, so that it has a center')
         self.require(isinstance(self.sigma, numbers.Real) and 0 < self.sigma < float('inf'), 'sigma', 'a number above 0')
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from .ae import AE
 from .baselines import PCA
-from .detector import index_batches
+from .batches import index_batches
 
 # %% ../nbs/1_autoencoders/16_rda.ipynb #00000010
 def shrink_l1(x, t):
@@ -107,7 +107,7 @@ class Alternates:
         needed = 4e-9 * len(data) * math.prod(data.shape)
         if needed > self.room: raise ValueError(f'S holds a number for each pixel of each of the {len(data)} training images: '
                                                 f'{needed:.3g} GB, more than room={self.room:g}. Take fewer or smaller images, or raise room')
-        s = torch.zeros(len(data), *data.shape, device=self.place())  # (n, c, h, w)
+        s = torch.zeros(len(data), *data.shape, device=self.torch_device())  # (n, c, h, w)
         self.outliers_, self.shares_, self.kept_ = s.flatten(1).norm(dim=1), [], torch.zeros_like(s[0])
         for done in range(0, self.epochs, self.inner):
             cleaned = Cleaned(data, s)
@@ -162,4 +162,4 @@ class RDA(Alternates, Splits, AE):
         self.require(self.penalty in PENALTIES, 'penalty', f'one of {", ".join(map(repr, PENALTIES))}')
         for name in ('lam', 'room'):
             self.require(isinstance(getattr(self, name), numbers.Real) and getattr(self, name) > 0, name, 'a number above 0')
-        self.require_whole('inner', 1)
+        self.require_whole('inner', least=1)

@@ -99,7 +99,7 @@ class RSRAE(Terms, Alternates, AE):
 
     def check_params(self):
         super().check_params()
-        self.require_whole('wide_dim', self.code_dim)
+        self.require_whole('wide_dim', least=self.code_dim)
         for name in ('lambda1', 'lambda2'):
             self.require(isinstance(getattr(self, name), numbers.Real) and 0 <= getattr(self, name) < float('inf'), name, 'a number, 0 or more')
         self.require(isinstance(self.pace, numbers.Real) and 0 < self.pace < float('inf'), 'pace', 'a number above 0')
@@ -110,6 +110,6 @@ class RSRAE(Terms, Alternates, AE):
         sizes = dict(kind=self.kind, width=self.width)
         return dict(encoder=encoder(shape, self.wide_dim, **sizes), subspace=Subspace(self.wide_dim, self.code_dim), decoder=decoder(shape, self.code_dim, **sizes))
 
-    def score(self, xb):
-        if self.score_by == 'error': return super().score(xb)
+    def image_score(self, xb):
+        if self.score_by == 'error': return super().image_score(xb)
         return 1 - F.cosine_similarity(self.reconstruction(xb).flatten(1), xb.flatten(1))  # equation (4)

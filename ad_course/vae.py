@@ -58,11 +58,11 @@ class Scores(Cloud):
     """Four scores from one fitted network."""
     def draws(self):
         """The noise of the score, shared by all images: (samples, code_dim)."""
-        return torch.randn(self.samples, self.code_dim, generator=self.generator(), device=self.place())
+        return torch.randn(self.samples, self.code_dim, generator=self.rng(), device=self.torch_device())
 
-    def score(self, xb):
+    def image_score(self, xb):
         """The score that `scoring` names, (b,): nats, except the squared error of 'reconstruction'."""
-        if self.scoring == 'reconstruction': return super().score(xb)
+        if self.scoring == 'reconstruction': return super().image_score(xb)
         mu, logvar = self.posterior(xb)
         pairs = (self.weigh(xb, mu, logvar, eps) for eps in self.draws().to(xb))
         if self.scoring == 'importance': return math.log(self.samples) - reduce(torch.logaddexp, (a + b for a, b in pairs))  # equation (6)
@@ -82,7 +82,7 @@ class Looks(Scores):
 
     def sample(self, n):
         """New images g(z) for n codes from the prior, the same at every call: array (n, c, h, w)."""
-        z = torch.randn(n, self.code_dim, generator=self.generator(), device=self.place())
+        z = torch.randn(n, self.code_dim, generator=self.rng(), device=self.torch_device())
         with torch.no_grad(): return self.nets_.eval().decoder(z).cpu().numpy()
 
 # %% ../nbs/1_autoencoders/15_vae.ipynb #00000021
@@ -104,7 +104,7 @@ class VAE(Looks, AE):
         self.require(number(self.beta) and self.beta >= 0, 'beta', 'a number, 0 or more')
         self.require(self.sigma == 'learned' or number(self.sigma) and self.sigma > 0, 'sigma', "a number above 0, or 'learned'")
         self.require(self.scoring in SCORINGS, 'scoring', f'one of {SCORINGS}')
-        self.require_whole('samples', 1)
+        self.require_whole('samples', least=1)
 
     def networks(self, shape):
         sizes = dict(shape=shape, kind=self.kind, width=self.width)

@@ -227,24 +227,24 @@ class NoGame(AAE):
     def step(self, xb): return self.descend('autoencoder', self.loss, xb)
 
 class ScalesOverTheBatch(AAE):
-    def score(self, xb):
+    def image_score(self, xb):
         parts = self.parts(xb)
         error, length = ((parts - parts.mean(0)) / parts.std(0, correction=0)).unbind(1)
         return error + self.prior_weight * length
 
 class Unscaled(AAE):
-    def score(self, xb): return self.parts(xb) @ torch.tensor([1, self.prior_weight])
+    def image_score(self, xb): return self.parts(xb) @ torch.tensor([1, self.prior_weight])
 
 class LengthSubtracted(AAE):
-    def score(self, xb):
+    def image_score(self, xb):
         error, length = ((self.parts(xb) - self.center_) / self.scale_).unbind(1)
         return error - self.prior_weight * length
 
 class LengthAlways(AAE):
-    def score(self, xb): return ((self.parts(xb) - self.center_) / self.scale_).sum(1)
+    def image_score(self, xb): return ((self.parts(xb) - self.center_) / self.scale_).sum(1)
 
 class ErrorFlipped(AAE):
-    def score(self, xb):
+    def image_score(self, xb):
         error, length = ((self.parts(xb) - self.center_) / self.scale_).unbind(1)
         return self.prior_weight * length - error
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from ad_course.achc import ACHC
 from ad_course.data import digits
-from ad_course.detector import check_detector, isolated, total_loss
+from ad_course.check import check_detector
+from ad_course.detector import isolated, total_loss
 from ad_course.surfaces import surfaces
 
 TASK = digits(normal=3)
@@ -21,7 +22,7 @@ def in_play(Kind, **settings):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         d = Kind(**TINY | settings).fit(X, Y)
-    d.make_wraps(d.source(X, Y))
+    d.make_wraps(d.as_batches(X, Y))
     with isolated(0), torch.no_grad():   # a sphere that parts every group, so that no term is idle
         groups = [d.code(torch.tensor(X[Y == 0])), d.code(torch.tensor(X[Y == 1])), d.nets_.encoder(d.invent(40)), d.nets_.encoder(d._bank)]
         center = torch.stack([g.mean(0) for g in groups]).mean(0)
@@ -228,10 +229,10 @@ class NeverCalibrates(ACHC):
     def threshold_rule(self, scores): return float(self.radius_)**2
 
 class SignedScore(ACHC):
-    def score(self, xb): return self.distances(xb) - self.radius_**2
+    def image_score(self, xb): return self.distances(xb) - self.radius_**2
 
 class RootScore(ACHC):
-    def score(self, xb): return self.distances(xb).sqrt()
+    def image_score(self, xb): return self.distances(xb).sqrt()
 
 class WatchesWeightsOnly(ACHC):
     def settle(self, data):

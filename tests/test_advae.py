@@ -7,7 +7,8 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from ad_course.advae import AdVAE, distance, hinge, kde_quantile, kl_gaussians
-from ad_course.detector import check_detector, isolated, total_loss
+from ad_course.check import check_detector
+from ad_course.detector import isolated, total_loss
 
 SMALL = dict(epochs=1, batch_size=8, code_dim=3, width=1, verbose=False)
 # Weights that are all different, and margins that are neither reached by all nor by no image.
@@ -330,31 +331,31 @@ def score_is_right(kind):
         noise = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).double()
         mu, logvar = d.posterior(x)
         mean = torch.stack([d.nets_.decoder(mu + e * (logvar / 2).exp()) for e in noise]).mean(0)
-        torch.testing.assert_close(d.score(x), ((x - mean)**2).mean((1, 2, 3)), rtol=1e-9, atol=0)
+        torch.testing.assert_close(d.image_score(x), ((x - mean)**2).mean((1, 2, 3)), rtol=1e-9, atol=0)
         torch.testing.assert_close(d.pixel_score(x), ((x - mean)**2).sum(1), rtol=1e-9, atol=0)
-        torch.testing.assert_close(d.score(x)[4:], d.score(x[4:]), rtol=1e-9, atol=0)
+        torch.testing.assert_close(d.image_score(x)[4:], d.image_score(x[4:]), rtol=1e-9, atol=0)
         d.set_params(draws=0)
-        torch.testing.assert_close(d.score(x), ((x - d.nets_.decoder(mu))**2).mean((1, 2, 3)), rtol=1e-9, atol=0)
+        torch.testing.assert_close(d.image_score(x), ((x - d.nets_.decoder(mu))**2).mean((1, 2, 3)), rtol=1e-9, atol=0)
 
 
 def test_score(): score_is_right(AdVAE)
 
 
 class MeanOfErrors(AdVAE):
-    def score(self, xb):
-        if not self.draws: return super().score(xb)
+    def image_score(self, xb):
+        if not self.draws: return super().image_score(xb)
         mu, logvar = self.posterior(xb)
-        noise = torch.randn(self.draws, self.code_dim, generator=self.generator()).to(mu)
+        noise = torch.randn(self.draws, self.code_dim, generator=self.rng()).to(mu)
         return torch.stack([((xb - self.nets_.decoder(mu + e * (logvar / 2).exp()))**2).mean((1, 2, 3)) for e in noise]).mean(0)
 class NewDraws(AdVAE):
     def reconstruction(self, xb): return torch.stack([self.draw(*self.posterior(xb)) for _ in range(max(self.draws, 1))]).mean(0)
 class DrawsForEachImage(AdVAE):
     def reconstruction(self, xb):
         mu, logvar = self.posterior(xb)
-        noise = torch.randn(max(self.draws, 1), *mu.shape, generator=self.generator()).to(mu)
+        noise = torch.randn(max(self.draws, 1), *mu.shape, generator=self.rng()).to(mu)
         return self.nets_.decoder(mu) if not self.draws else torch.stack([self.nets_.decoder(mu + e * (logvar / 2).exp()) for e in noise]).mean(0)
 class SumOverPixels(AdVAE):
-    def score(self, xb): return self.errors(xb).flatten(1).sum(1)
+    def image_score(self, xb): return self.errors(xb).flatten(1).sum(1)
 
 
 @pytest.mark.parametrize('kind', [MeanOfErrors, NewDraws, DrawsForEachImage, SumOverPixels], ids=lambda k: k.__name__)

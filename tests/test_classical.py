@@ -17,7 +17,7 @@ from ad_course.baselines import KNN, MeanImage
 from ad_course.classical import (GMM, KDE, OCSVM, SVDD, FeatureKNN, IForest, Kernelized, average_path, gaps, likely_bandwidth,
                                  show_boundary, smo, tree_table)
 from ad_course.data import digits
-from ad_course.detector import check_detector
+from ad_course.check import check_detector
 
 TASK = digits(normal=3)
 X, OTHER = TASK.x_train[:80], np.concatenate([TASK.x_test[TASK.y_test == 0][:30], TASK.x_test[TASK.y_test == 1][:90]])
@@ -278,7 +278,7 @@ def check_kde(kind):
         theirs = KernelDensity(bandwidth=d.bandwidth_, leaf_size=len(X)).fit(ROWS).score_samples(QUERY)
         np.testing.assert_allclose(d.decision_function(OTHER), -theirs, rtol=1e-4, err_msg='scikit-learn, one leaf')
         left_out = density(ROWS, ROWS, d.bandwidth_, leave_out=True)
-        np.testing.assert_allclose(d.training_scores(d.source(X))[0], left_out, rtol=1e-4, err_msg='own bump left out')
+        np.testing.assert_allclose(d.training_scores(d.as_batches(X))[0], left_out, rtol=1e-4, err_msg='own bump left out')
         np.testing.assert_allclose(d.threshold_, np.quantile(left_out.astype('float32'), .95), rtol=1e-4)
 
 
@@ -302,7 +302,7 @@ def test_bandwidth_is_the_likeliest():
 
 
 def test_one_chain_from_the_mean_image_to_the_nearest_neighbor():
-    score = lambda d: d.set_params(verbose=False).fit(X).score(torch.tensor(OTHER).double()).numpy()
+    score = lambda d: d.set_params(verbose=False).fit(X).image_score(torch.tensor(OTHER).double()).numpy()
     same_ranking = lambda a, b: np.corrcoef(np.argsort(np.argsort(a)), np.argsort(np.argsort(b)))[0, 1] > .999
     assert same_ranking(score(OCSVM(nu=.999, gamma=.5)), score(KDE(bandwidth=1.)))
     assert same_ranking(score(SVDD(nu=.999, gamma=.5)), score(KDE(bandwidth=1.)))
@@ -336,7 +336,7 @@ def test_gmm_and_its_mutants():
 
 
 def test_floor_is_relative():
-    a, b = (GMM(**quiet).fit(f * X).score(torch.tensor(f * OTHER)) for f in (1, .1))
+    a, b = (GMM(**quiet).fit(f * X).image_score(torch.tensor(f * OTHER)) for f in (1, .1))
     torch.testing.assert_close(a + 64 * np.log(.1), b, rtol=1e-3, atol=1e-2)
 
 

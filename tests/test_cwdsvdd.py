@@ -9,7 +9,8 @@ from torch import nn
 from ad_course.cwdsvdd import CWDSVDD, OnlyNormal, Rows, balanced_radius
 from ad_course.data import digits
 from ad_course.deepsvdd import contrast_normalize, quantile_radius
-from ad_course.detector import hook_loss, total_loss
+from ad_course.check import loss_values
+from ad_course.detector import total_loss
 from ad_course.wrapping import ImageWrapper, density_epsilon
 
 TASK = digits(normal=3)
@@ -88,8 +89,8 @@ def check_shares(cls):
 def check_radius(cls):
     """After every epoch the radius is the minimizer, with the bank and the labelled images; it is 1 when the game begins."""
     class Watched(cls):
-        def after_epoch(self, data):
-            done = super().after_epoch(data)
+        def after_epoch(self, data, epoch):
+            done = super().after_epoch(data, epoch)
             if 'outside' in self.history_:
                 d, y = (np.concatenate(p) for p in zip(*self.each_batch(self.distances, data)))
                 assert np.isclose(self.radius_, balanced_radius(d[y == 0], self.nu, self.mu, [self.of_bank(), d[y == 1]]), rtol=1e-5), 'radius not refreshed'
@@ -113,8 +114,8 @@ def check_wraps(cls):
     for params in (dict(reach=2.), dict(reach=.5, features='pca', components=8)):
         d = cls(**{**SMALL, **params}).fit(X, Y)
         assert d._bank is None, 'the bank is kept'
-        d.make_wraps(d.source(X, Y))
-        views = d.of_normal(d.prepare, d.source(X, Y))
+        d.make_wraps(d.as_batches(X, Y))
+        views = d.of_normal(d.prepare, d.as_batches(X, Y))
         assert len(views) == 60 and d._bank.shape == (100, *views.shape[1:]), 'shape'
         rows = views.reshape(60, -1).astype(float)
         epsilon = ImageWrapper().fit(views).epsilon_ if views.ndim == 4 else density_epsilon(rows)
@@ -230,7 +231,7 @@ class ReachIgnored(CWDSVDD):
         finally: self.reach = reach
 
 class NeverRefreshed(CWDSVDD):
-    def after_epoch(self, data):
+    def after_epoch(self, data, epoch):
         if self.history_.get('outside'): self.settle(data)
 
 class SameDraw(CWDSVDD):
@@ -253,7 +254,7 @@ class ThresholdForever(CWDSVDD):
     def threshold_rule(self, scores): return self.radius_**2
 
 class MinusRadius(CWDSVDD):
-    def score(self, xb): return self.distances(xb) - self.radius_**2
+    def image_score(self, xb): return self.distances(xb) - self.radius_**2
 
 class RangeOfAll(CWDSVDD):
     def only_normal(self, data): return data

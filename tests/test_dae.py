@@ -107,7 +107,7 @@ def check_loss(cls):
         want = torch.autograd.grad(((XB - rebuilt)**2).mean() + .1 * sum((w**2).sum() for w in parts if w.ndim > 1), parts)
         for a, b in zip(whole, want): close(a, b, 'the gradient')
         score = ((XB - d.nets_.decoder(d.nets_.encoder(XB)))**2).flatten(1).mean(1)
-        with isolated(1): close(d.score(XB), score, 'the score of the clean image')
+        with isolated(1): close(d.image_score(XB), score, 'the score of the clean image')
         close(d.pixel_score(XB), ((XB - d.nets_.decoder(d.nets_.encoder(XB)))**2).sum(1), 'the map of the clean image')
 
 
@@ -130,13 +130,13 @@ class Detached(DAE):
 class NoDecay(DAE):
     def loss(self, xb): return {'reconstruction': super().loss(xb)['reconstruction']}
 class NoisyScore(DAE):
-    def score(self, xb): return super().score(self.corrupt(xb))
+    def image_score(self, xb): return super().image_score(self.corrupt(xb))
 class NoisyReconstruction(DAE):
     def errors(self, xb): return (xb - self.reconstruction(self.corrupt(xb))).square()
 class NoisyMap(DAE):
     def pixel_score(self, xb): return super().pixel_score(self.corrupt(xb))
 class NegativeScore(DAE):
-    def score(self, xb): return -super().score(xb)
+    def image_score(self, xb): return -super().image_score(xb)
 
 
 def test_loss(): check_loss(DAE)
@@ -244,7 +244,7 @@ def check_layers(cls):
         back = F.linear(torch.relu(code) if act else code, down.weight, down.bias)
         close(sum(terms.values()), ((h - (torch.sigmoid(back) if i == 1 else torch.relu(back)))**2).sum() / h.numel(), f'equation (5), layer {i}')
         before = {k: v.clone() for k, v in d.nets_.state_dict().items()}
-        with isolated(0): d.train_layer(d.source(X), i, 2)
+        with isolated(0): d.train_layer(d.as_batches(X), i, 2)
         moved = {k[:9] for k, v in d.nets_.state_dict().items() if not torch.equal(v, before[k])}
         assert moved == {f'encoder.{i}', f'decoder.{3 - i}'}, f'training layer {i} moved {moved}'
 

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from ad_course.data import balanced, digits, expose, label_anomalies
 from ad_course.deepsad import HSC, DeepSAD, look_for_overlap, pseudo_huber
 from ad_course.deepsvdd import DeepSVDD, guarded, quantile_radius
-from ad_course.detector import hook_loss, total_loss
+from ad_course.check import loss_values
+from ad_course.detector import total_loss
 from ad_course.metrics import auroc
 from ad_course.networks import squared_weights
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from ad_course.data import digits
 from ad_course.deepsvdd import (DeepSVDD, LeNetSVDD, contrast_normalize, guarded, lenet_decoder, lenet_encoder, quantile_radius)
-from ad_course.detector import Detector, check_detector, total_loss
+from ad_course.check import check_detector
+from ad_course.detector import Detector, total_loss
 from ad_course.metrics import auroc
 
 TASK = digits(normal=8)
@@ -80,7 +81,7 @@ def check_objective(kind):
         grad, = torch.autograd.grad(total_loss(terms, len(X)), W)
         pulled = (s > R2) if params else torch.ones_like(s, dtype=torch.bool)
         torch.testing.assert_close(grad, 2 / (share * len(X)) * (away * pulled[:, None]).T @ rows + .2 * W.detach())
-        torch.testing.assert_close(d.score(torch.tensor(X).double()), s - (R2 if params else 0), msg='score')
+        torch.testing.assert_close(d.image_score(torch.tensor(X).double()), s - (R2 if params else 0), msg='score')
 
 
 def check_place(kind):
@@ -224,7 +225,7 @@ def test_fit_warns_of_collapse_and_says_what_to_try():
 
 def test_collapse_is_seen_whatever_the_scale_of_the_codes():
     d = DeepSVDD(epochs=1, verbose=False).fit(X)
-    data = d.source(X)
+    data = d.as_batches(X)
     before = d.spread(data)
     with torch.no_grad(): d.nets_.encoder[-1].weight.mul_(1e-3)
     assert d.spread(data) == pytest.approx(1e-3 * before, rel=1e-3)
@@ -235,8 +236,8 @@ def test_collapse_is_seen_whatever_the_scale_of_the_codes():
 @pytest.mark.parametrize('objective', ['one-class', 'soft-boundary'])
 def test_interrupted_training_leaves_a_detector(phase, objective, tmp_path):
     class Interrupted(DeepSVDD):
-        def after_epoch(self, data):
-            super().after_epoch(data)
+        def after_epoch(self, data, epoch):
+            super().after_epoch(data, epoch)
             term = 'pretrain/reconstruction' if phase == 'pretrain' else 'outside' if self.soft() else 'distance'
             if len(self.history_.get(term, ())) == 2: raise KeyboardInterrupt
     Interrupted.__name__ = f'Interrupted{phase}{objective[:3]}'  # files find a class by its name
@@ -293,8 +294,8 @@ def test_lenet_has_the_official_layers(shape, settings, weights):
 def test_lenet_lowers_its_rates_after_the_drop():
     rates = []
     class Watched(LeNetSVDD):
-        def after_epoch(self, data):
-            super().after_epoch(data)
+        def after_epoch(self, data, epoch):
+            super().after_epoch(data, epoch)
             rates.append({k: o.param_groups[0]['lr'] for k, o in self.optimizers_.items()})
     x = np.random.default_rng(0).random((12, 1, 28, 28), dtype='float32')
     for objective in ('one-class', 'soft-boundary'):

@@ -30,7 +30,9 @@ from ad_course import detector as spine
 from ad_course.ae import AE
 from ad_course.baselines import KNN, PCA, MeanImage
 from ad_course.data import digits
-from ad_course.detector import BrokenPromise, Detector, Memory, check_detector, from_json, isolated, load, read_file, to_json, total_loss, world
+from ad_course.batches import Memory
+from ad_course.check import BrokenPromise, check_detector, global_state
+from ad_course.detector import Detector, from_json, isolated, load, read_file, to_json, total_loss
 from ad_course.metrics import auroc
 
 PACKAGE = Path(spine.__file__).parents[1]
@@ -411,13 +413,13 @@ def test_interrupted_before_there_is_anything_to_keep(hook):
 @pytest.mark.parametrize('error', [ValueError('a fault of the method'), RuntimeError('out of memory'), SystemExit(3), GeneratorExit()])
 def test_an_error_in_fit_leaves_everything_as_it_was(hook, call, error):
     fresh, old = SMALL['AE'](epochs=4), SMALL['AE'](epochs=4).fit(images(10))
-    s, state = old.decision_function(images(10)), world()
+    s, state = old.decision_function(images(10)), global_state()
     for d in (fresh, old):
         before = dict(vars(d))
         with pytest.raises(type(error)): trap(d, hook, call, error).fit(images(10, h=7, seed=1))
         free(d, hook)
         assert vars(d).keys() == before.keys() and all(vars(d)[k] is v for k, v in before.items())
-    assert world() == state
+    assert global_state() == state
     np.testing.assert_array_equal(old.decision_function(images(10)), s)
     with pytest.raises(NotFittedError): fresh.decision_function(images(10))
 
@@ -577,7 +579,7 @@ class Rich(AE):
     sizes: tuple = (1, (2, 3))
     words: dict = field(default_factory=lambda: {'a': (1,), 2: [None, True, .1]})
 
-    def after_epoch(self, data):
+    def after_epoch(self, data, epoch):
         self.center_, self.count_, self.flags_ = torch.arange(3.), np.int64(7), torch.tensor([True, False])
         self.notes_ = {'by epoch': (1, [2, (np.float32(.5),)]), 'nan': float('nan')}
         self.nothing_, self.half_, self.scalar_ = torch.zeros(0, 3), torch.ones(2, dtype=torch.bfloat16), torch.tensor(2.5, dtype=torch.float64)
@@ -611,10 +613,10 @@ def test_a_loaded_detector_lives_on_without_its_file(tmp_path, small):
 
 def not_loaded(path, kind=AE, match=''):
     """A ValueError that names the file."""
-    state, match = world(), f'{re.escape(str(path))}.*{match}'
+    state, match = global_state(), f'{re.escape(str(path))}.*{match}'
     with refused(kinds=ValueError, match=match): kind.load(path)
     with refused(kinds=ValueError, match=match): load(path)
-    assert world() == state
+    assert global_state() == state
 
 
 def test_truncated_files(file):
@@ -840,7 +842,7 @@ def test_a_dataset_is_read_a_batch_at_a_time():
 # ---------------------------------------------------------------- the state of the world
 
 def everything():
-    return (*world(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled('cpu'), torch.get_default_device(), np.random.get_state()[2:], warnings.filters[:3], os.environ.get('TQDM_DISABLE'))
+    return (*global_state(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled('cpu'), torch.get_default_device(), np.random.get_state()[2:], warnings.filters[:3], os.environ.get('TQDM_DISABLE'))
 
 
 @each_detector
@@ -1049,14 +1051,14 @@ def test_total_loss_values():
 @pytest.mark.parametrize('score', [lambda xb: torch.zeros(len(xb), 1), lambda xb: torch.zeros(len(xb) + 1), lambda xb: torch.zeros(())[None], lambda xb: torch.zeros(1, len(xb))])
 def test_a_score_of_the_wrong_shape_is_an_error(score):
     d = SMALL['AE']()
-    d.score = score
+    d.image_score = score
     with refused(d, kinds=ValueError): d.fit(images(9))
 
 
 def test_a_score_that_is_no_number_is_an_error():
     for value in (np.nan, np.inf):
         d = SMALL['AE']()
-        d.score = lambda xb: torch.full((len(xb),), value)
+        d.image_score = lambda xb: torch.full((len(xb),), value)
         with refused(d, kinds=FloatingPointError): d.fit(images(9))
 
 
@@ -1180,7 +1182,7 @@ def test_hooks_get_batches_that_are_theirs():
             terms = super().loss(xb.clone())
             xb.fill_(7.)
             return terms
-        def score(self, xb): return super().score(xb.clone()) + 0 * xb.fill_(7.).flatten(1).mean(1)
+        def image_score(self, xb): return super().image_score(xb.clone()) + 0 * xb.fill_(7.).flatten(1).mean(1)
     for x in (images(9), (images(9, 3) * 255).astype('uint8'), torch.from_numpy(images(9, 3)), torch.from_numpy(images(4, 3, 6, 6)).contiguous(memory_format=torch.channels_last)):
         before = x.copy() if isinstance(x, np.ndarray) else x.clone()
         d = Scribbles(epochs=2, batch_size=4, verbose=False).fit(x)
@@ -1216,6 +1218,6 @@ def test_after_epoch_can_end_a_run():
     @dataclass(kw_only=True, eq=False, repr=False)
     class Stops(AE):
         answer: object = True
-        def after_epoch(self, data): return self.answer if len(self.history_['reconstruction']) == 2 else None
+        def after_epoch(self, data, epoch): return self.answer if len(self.history_['reconstruction']) == 2 else None
     assert len(Stops(epochs=5, verbose=False).fit(images(8)).history_['reconstruction']) == 2
     assert len(Stops(epochs=5, verbose=False, answer=1).fit(images(8)).history_['reconstruction']) == 5  # True alone, not whatever is true

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from ad_course.ae import AE
-from ad_course.detector import check_detector
+from ad_course.check import check_detector
 from ad_course.localize import MapAE, MapScore, SSIMAE, gaussian_matrix, iou, local_mean, pixel_threshold, smooth, ssim_map, top_mean
 
 C1, C2 = .01**2, .03**2
@@ -198,9 +198,9 @@ class ScoredBySquares(SSIMAE):
 class NotSmoothed(SSIMAE):
     def pixel_score(self, xb): return self.errors(xb).sum(1)
 class ScoredByMean(SSIMAE):
-    def score(self, xb): return self.pixel_score(xb).flatten(1).mean(1)
+    def image_score(self, xb): return self.pixel_score(xb).flatten(1).mean(1)
 class LeastAnomalous(SSIMAE):
-    def score(self, xb): return -top_mean(-self.pixel_score(xb), self.top)
+    def image_score(self, xb): return -top_mean(-self.pixel_score(xb), self.top)
 class WindowIgnored(SSIMAE):
     def errors(self, xb): return 1 - ssim_map(xb, self.reconstruction(xb), 3, .5)
 class ScaledPerImage(SSIMAE):

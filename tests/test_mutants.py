@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ad_course.detector import BrokenPromise, Detector, PROMISES, check_detector, total_loss
+from ad_course.check import BrokenPromise, check_detector, PROMISES
+from ad_course.detector import Detector, total_loss
 from ad_course.networks import encoder, decoder
 
 
@@ -24,7 +25,7 @@ class Sound(Detector):
 
     def errors(self, xb): return (xb - self.nets_.decoder(self.nets_.encoder(xb))).square()
     def loss(self, xb): return dict(reconstruction=self.errors(xb).mean())
-    def score(self, xb): return self.errors(xb).flatten(1).mean(1)
+    def image_score(self, xb): return self.errors(xb).flatten(1).mean(1)
     def pixel_score(self, xb): return self.errors(xb).sum(1)
 
 
@@ -36,9 +37,9 @@ class SoundLabelled(Detector):
     batch_size: int = 32
 
     def networks(self, shape): return dict(scorer=encoder(shape, 1))
-    def score(self, xb): return self.nets_.scorer(xb)[:, 0]
+    def image_score(self, xb): return self.nets_.scorer(xb)[:, 0]
     def loss(self, xb, yb):
-        s = self.score(xb)
+        s = self.image_score(xb)
         return dict(deviation=(1 - yb) * s.abs() + yb * F.relu(5 - s))
 
 
@@ -68,36 +69,36 @@ class Ascends(Sound):
 
 
 class ConstantScore(Sound):
-    def score(self, xb): return torch.ones(len(xb))
+    def image_score(self, xb): return torch.ones(len(xb))
 
 
 class WrongSign(Sound):
-    def score(self, xb): return -super().score(xb)
+    def image_score(self, xb): return -super().image_score(xb)
 
 
 class BatchStatistics(Sound):
     norm: bool = True
     def networks(self, shape):
         return dict(encoder=encoder(shape, 8, norm=True), decoder=decoder(shape, 8, norm=True))
-    def score(self, xb):
+    def image_score(self, xb):
         self.nets_.train()
-        return super().score(xb)
+        return super().image_score(xb)
 
 
 class DropoutOn(Sound):
-    def score(self, xb): return super().score(F.dropout(xb, .2, training=True))
+    def image_score(self, xb): return super().image_score(F.dropout(xb, .2, training=True))
 
 
 class SeededDropoutOn(Sound):
     """Hides behind a seed of its own: the same twice, but not the same alone."""
-    def score(self, xb):
-        keep = (torch.rand(xb.shape, generator=self.generator()) > .2).float()
-        return super().score(xb * keep)
+    def image_score(self, xb):
+        keep = (torch.rand(xb.shape, generator=self.rng()) > .2).float()
+        return super().image_score(xb * keep)
 
 
 class ScaledByBatch(Sound):
-    def score(self, xb):
-        s = super().score(xb)
+    def image_score(self, xb):
+        s = super().image_score(xb)
         return (s - s.min()) / (s.max() - s.min() + 1e-9)
 
 
@@ -148,7 +149,7 @@ class ForgetsAWeight(Sound):
     def train(self, data):
         super().train(data)
         self.scale = 2.
-    def score(self, xb): return super().score(xb) * self.scale
+    def image_score(self, xb): return super().image_score(xb) * self.scale
 
 
 class ForgetsAWeightQuietly(Sound):
@@ -156,7 +157,7 @@ class ForgetsAWeightQuietly(Sound):
     def train(self, data):
         super().train(data)
         self.scale = 2.
-    def score(self, xb): return super().score(xb) * getattr(self, 'scale', 1.)
+    def image_score(self, xb): return super().image_score(xb) * getattr(self, 'scale', 1.)
 
 
 class NetworkOutsideNets(Sound):
@@ -164,9 +165,9 @@ class NetworkOutsideNets(Sound):
     def train(self, data):
         with torch.random.fork_rng(devices=[]): torch.manual_seed(5); self.extra = nn.Linear(64, 64)
         super().train(data)
-    def score(self, xb):
+    def image_score(self, xb):
         if not hasattr(self, 'extra'): self.extra = nn.Linear(64, 64)
-        return super().score(xb) + self.extra(xb.flatten(1)).square().mean(1)
+        return super().image_score(xb) + self.extra(xb.flatten(1)).square().mean(1)
 
 
 class ThresholdFromTest(Sound):
@@ -236,7 +237,7 @@ class BroadcastLabels(SoundLabelled):
 class SwappedArguments(SoundLabelled):
     """Labels and predictions exchanged: the gradient no longer knows the labels."""
     def loss(self, xb, yb):
-        y, s = self.score(xb), yb
+        y, s = self.image_score(xb), yb
         return dict(deviation=((1 - y) * s.abs() + y * F.relu(5 - s)).mean())
 
 
@@ -252,8 +253,8 @@ MUTANTS = {
     NoBackward: 'learns', NoStep: 'learns', FrozenDecoder: 'learns', Ascends: 'learns', ConstantScore: 'scores_are_numbers',
     WrongSign: 'higher_is_anomalous', BatchStatistics: 'alone_as_in_a_batch', DropoutOn: 'same_twice', SeededDropoutOn: 'alone_as_in_a_batch',
     ScaledByBatch: 'alone_as_in_a_batch', ScaledByCall: 'alone_as_in_a_batch', Unseeded: 'seed_decides', IgnoresSeed: 'seed_decides',
-    SeedsTheWorld: 'leaves_the_world_alone', DrawsFromNumpy: 'leaves_the_world_alone', SwitchesGradientsOff: 'leaves_the_world_alone',
-    ChangesItsInput: 'leaves_the_world_alone', ForgetsAWeight: 'save_and_load', ForgetsAWeightQuietly: 'save_and_load',
+    SeedsTheWorld: 'leaves_global_state', DrawsFromNumpy: 'leaves_global_state', SwitchesGradientsOff: 'leaves_global_state',
+    ChangesItsInput: 'leaves_global_state', ForgetsAWeight: 'save_and_load', ForgetsAWeightQuietly: 'save_and_load',
     NetworkOutsideNets: 'save_and_load', ThresholdFromTest: 'threshold_from_training', ThresholdMoves: 'threshold_from_training',
     ThresholdTooHigh: 'threshold_from_training', NetworkMadeInInit: 'explicit_parameters', ReturnsNothing: 'fit_returns_self',
     ChangesItsParameter: 'explicit_parameters', RemembersTheFirstFit: 'refit_starts_anew', ClipsBadInput: 'bad_input_is_refused',
@@ -294,7 +295,7 @@ class EmptyFails(Sound):
 
 
 class ConstantHarms(Sound):
-    def score(self, xb): return super().score(xb) / self.spread_
+    def image_score(self, xb): return super().image_score(xb) / self.spread_
     def train(self, data):
         super().train(data)
         self.spread_ = float(torch.cat([xb for xb, _ in data.batches(64)]).std())

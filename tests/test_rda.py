@@ -9,7 +9,8 @@ from torch.utils.data import TensorDataset
 from ad_course.ae import AE
 from ad_course.baselines import PCA
 from ad_course.data import contaminate, digits
-from ad_course.detector import check_detector, isolated
+from ad_course.check import check_detector
+from ad_course.detector import isolated
 from ad_course.metrics import auroc
 from ad_course.rda import PENALTIES, RDA, RPCA, Cleaned, penalty_prox, rpca, shrink_factor, shrink_l1, shrink_l21, shrink_singular
 
@@ -182,15 +183,15 @@ def test_cleaned_images_lie_between_image_and_reconstruction(penalty):
 
 # ---------------------------------------------------------------- the source
 def check_cleaned(kind):
-    disk = AE().source(TensorDataset(torch.tensor(X)))
-    for data in (AE().source(X), AE().source((X * 255).astype('uint8')), disk):
+    disk = AE().as_batches(TensorDataset(torch.tensor(X)))
+    for data in (AE().as_batches(X), AE().as_batches((X * 255).astype('uint8')), disk):
         whole = torch.cat([xb for xb, _ in data.batches(100)])
         for size in (48, 7):
             for seed in (None, 3):
                 g = None if seed is None else torch.Generator().manual_seed(seed)
                 for lb, _ in kind(data, whole).batches(size, g): assert not lb.any(), 'rows of S went to other images'
     marks = torch.arange(len(X)).view(-1, 1, 1, 1).expand(X.shape).float()
-    plain, ours = (s.batches(7, torch.Generator().manual_seed(2)) for s in (AE().source(X), kind(AE().source(X), marks)))
+    plain, ours = (s.batches(7, torch.Generator().manual_seed(2)) for s in (AE().as_batches(X), kind(AE().as_batches(X), marks)))
     gone = torch.cat([xb - lb for (xb, _), (lb, _) in zip(plain, ours, strict=True)])[:, 0, 0, 0].round()
     assert gone.long().tolist() != list(range(len(X))) and sorted(gone.long().tolist()) == list(range(len(X)))
 
@@ -219,7 +220,7 @@ def check_training(kind):
     for penalty in PENALTIES:
         d = kind(penalty=penalty, lam=.12, epochs=5, inner=3, **SMALL).fit(X)
         twin = RDA(penalty=penalty, lam=.12, **SMALL)
-        data, x = twin.source(X), torch.tensor(X)
+        data, x = twin.as_batches(X), torch.tensor(X)
         s = torch.zeros_like(x)
         with isolated(0):
             twin.shape_, twin.history_ = data.shape, {}
@@ -256,7 +257,7 @@ class SumsLoss(RDA):
 class MinForMax(RDA):
     def renewed(self, r): super().renewed(r); s = l21_min(r.flatten(1), self.lam * 8).view(r.shape); self.outliers_ = s.flatten(1).square().mean(1).sqrt(); return s
 class ScoresS(RDA):
-    def score(self, xb): return self.sparse_part(xb).flatten(1).square().mean(1)
+    def image_score(self, xb): return self.sparse_part(xb).flatten(1).square().mean(1)
 
 
 def test_training(): check_training(RDA)
@@ -311,7 +312,7 @@ def test_untrained_and_interrupted():
     assert d.shares_ == [] and not d.outliers_.any()
 
     class Stops(RDA):
-        def after_epoch(self, data):
+        def after_epoch(self, data, epoch):
             if len(self.history_['seconds']) == 3: raise KeyboardInterrupt
     with pytest.warns(UserWarning, match='interrupted'): d = Stops(epochs=9, inner=2, **SMALL).fit(X)
     assert len(d.shares_) == 1 and np.isfinite(d.decision_function(X)).all()

@@ -102,7 +102,7 @@ def check_score(cls):
     up[..., 0, 0], side[..., 0, 1] = 1., 1.
     for rebuilt, want in ((.3 * up, 0), (side, 1), (up + side, 1 - .5**.5)):
         d.reconstruction = lambda xb: rebuilt
-        assert np.isclose(float(d.score(up)), want, atol=1e-6), 'score of known pairs'
+        assert np.isclose(float(d.image_score(up)), want, atol=1e-6), 'score of known pairs'
 
 
 def moved(d, name):
@@ -195,13 +195,13 @@ class WrongSide(RSRAE):  # A'A instead of AA'
     def orthonormal(self, xb): return dict(orthogonality=not_orthonormal(self.nets_.subspace.A.T))
 
 class Similarity(RSRAE):
-    def score(self, xb): return F.cosine_similarity(self.reconstruction(xb).flatten(1), xb.flatten(1))
+    def image_score(self, xb): return F.cosine_similarity(self.reconstruction(xb).flatten(1), xb.flatten(1))
 
 class AlwaysError(RSRAE):
-    def score(self, xb): return AE.score(self, xb)
+    def image_score(self, xb): return AE.image_score(self, xb)
 
 class CosineOfRows(RSRAE):
-    def score(self, xb): return 1 - F.cosine_similarity(self.reconstruction(xb), xb, dim=-1).flatten(1).mean(1)
+    def image_score(self, xb): return 1 - F.cosine_similarity(self.reconstruction(xb), xb, dim=-1).flatten(1).mean(1)
 
 class OneAdam(RSRAE):
     def optimizers(self): return {name: self.adam(*self.nets_) for name in ('rebuilt', 'orthonormal', 'recovered')}
@@ -293,7 +293,7 @@ def test_without_weights_only_the_loss_differs_from_a_plain_network():
     d = linear(RSRAE, lambda1=0, lambda2=0)
     terms = d.loss(XB.double())
     assert terms['subspace'].abs().max() == 0 and terms['orthogonality'] == 0
-    assert torch.allclose(terms['reconstruction'].square() / 16, AE.score(d, XB.double()))
+    assert torch.allclose(terms['reconstruction'].square() / 16, AE.image_score(d, XB.double()))
 
 
 def test_weight_decay_is_a_term_of_its_own():

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from ad_course.ae import AE
 from ad_course.data import digits
-from ad_course.detector import Detector, check_detector
+from ad_course.check import check_detector
+from ad_course.detector import Detector
 from ad_course.sae import SAE, log_activity, one_layer, sparsity_kl
 
 TASK = digits(anomalous=8)
@@ -178,7 +179,7 @@ def test_sparsity_helps_the_wide_code_more_than_any_penalty_does():
 def test_without_sparsity_there_is_no_term_and_the_score_is_that_of_an_autoencoder():
     d = SAE(sparsity=0, epochs=1, verbose=False).fit(X)
     assert set(d.history_) == {'reconstruction', 'seconds'}
-    assert SAE.score is AE.score and SAE.pixel_score is AE.pixel_score and SAE.mixes_images
+    assert SAE.image_score is AE.image_score and SAE.pixel_score is AE.pixel_score and SAE.mixes_images
 
 
 @pytest.mark.parametrize('params', [dict(kind='auto', weight_decay=1e-5, epochs=30), dict(kind='conv', epochs=15)], ids=str)

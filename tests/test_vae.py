@@ -10,7 +10,8 @@ from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from ad_course.ae import AE
 from ad_course.data import digits
-from ad_course.detector import check_detector, isolated
+from ad_course.check import check_detector
+from ad_course.detector import isolated
 from ad_course.vae import SCORINGS, VAE, PixelNoise, kl_units, log_normal
 
 K, SIGMA = 3, .3
@@ -95,7 +96,7 @@ def check_scores(cls):
     weights = likelihood + Normal(0., 1.).log_prob(z).sum(-1) - Normal(mu, var.sqrt()).log_prob(z).sum(-1)
     want = dict(reconstruction=(X.double().flatten(1) - mu @ W.T - b).square().mean(1), probability=-likelihood.mean(0),
                 elbo=-likelihood.mean(0) + kl_divergence(Normal(mu, var.sqrt()), Normal(0., 1.)).sum(1), importance=-weights.exp().mean(0).log())
-    for scoring in SCORINGS: torch.testing.assert_close(d.set_params(scoring=scoring).score(X.double()), want[scoring])
+    for scoring in SCORINGS: torch.testing.assert_close(d.set_params(scoring=scoring).image_score(X.double()), want[scoring])
 
 
 def at_true_posterior(d):
@@ -114,12 +115,12 @@ def at_true_posterior(d):
 def check_bounds(cls):
     """Where q is the true posterior, ELBO and importance weights give log p(x) itself; where it is not, the ELBO is off by KL(q || p(z|x))."""
     d, exact = at_true_posterior(linear(cls, samples=5))
-    torch.testing.assert_close(d.set_params(scoring='importance').score(X.double()).detach(), exact)
+    torch.testing.assert_close(d.set_params(scoring='importance').image_score(X.double()).detach(), exact)
     d.draws = lambda: torch.cat([torch.eye(K), -torch.eye(K)]).double() * K**.5                # mean 0, variance 1, exactly
     d.samples = 2 * K
-    torch.testing.assert_close(d.set_params(scoring='elbo').score(X.double()).detach(), exact)
+    torch.testing.assert_close(d.set_params(scoring='elbo').image_score(X.double()).detach(), exact)
     with torch.no_grad(): d.nets_.encoder[1].bias[K:] += 1.
-    torch.testing.assert_close(d.score(X.double()).detach(), exact + K * (math.e - 1 - 1) / 2)
+    torch.testing.assert_close(d.image_score(X.double()).detach(), exact + K * (math.e - 1 - 1) / 2)
 
 
 def check_importance_converges(cls):
@@ -131,7 +132,7 @@ def check_importance_converges(cls):
         scores = []
         for group in eps.split(L):
             d.draws, d.samples = (lambda group=group: group), L
-            scores.append(d.score(X.double()).detach())
+            scores.append(d.image_score(X.double()).detach())
         falls.append(torch.stack(scores).mean(0))
     assert all((b <= a + 1e-9).all() for a, b in zip(falls, falls[1:]))
     assert (falls[0] - exact).mean() > .3 and (falls[-1] - exact).abs().mean() < .15
@@ -141,10 +142,10 @@ def check_noise_is_shared(cls):
     """Every image sees the same draws wherever it stands, and every call the same."""
     d = linear(cls, samples=3)
     for scoring in SCORINGS:
-        s = d.set_params(scoring=scoring).score(X.double())
-        torch.testing.assert_close(d.score(X.double()), s, rtol=0, atol=0)
-        torch.testing.assert_close(d.score(X.double().flip(0)).flip(0), s)
-        torch.testing.assert_close(d.score(X.double()[4:5]), s[4:5])
+        s = d.set_params(scoring=scoring).image_score(X.double())
+        torch.testing.assert_close(d.image_score(X.double()), s, rtol=0, atol=0)
+        torch.testing.assert_close(d.image_score(X.double().flip(0)).flip(0), s)
+        torch.testing.assert_close(d.image_score(X.double()[4:5]), s[4:5])
 
 
 def check_decay(cls):
@@ -210,13 +211,13 @@ def detached(self, xb, mu, logvar, eps):
 
 def split(self, xb):
     """The score of the blog: the sum of two logarithms of means."""
-    if self.scoring != 'importance': return VAE.score(self, xb)
+    if self.scoring != 'importance': return VAE.image_score(self, xb)
     a, b = (torch.stack(p) for p in zip(*[self.weigh(xb, *self.posterior(xb), e) for e in self.draws().to(xb)]))
     return 2 * math.log(self.samples) - a.logsumexp(0) - b.logsumexp(0)
 
 
 def scored(**change):
-    def score(self, xb): return change.get(self.scoring, lambda s, *_: s)(VAE.score(self, xb), self, xb)
+    def image_score(self, xb): return change.get(self.scoring, lambda s, *_: s)(VAE.image_score(self, xb), self, xb)
     return with_method(score=score)
 
 
@@ -225,7 +226,7 @@ def fresh_draws(self): return torch.randn(self.samples, self.code_dim)
 
 def noise_by_place(self, xb):
     mu, logvar = self.posterior(xb)
-    z = mu + (logvar / 2).exp() * torch.randn(mu.shape, generator=self.generator()).to(xb)
+    z = mu + (logvar / 2).exp() * torch.randn(mu.shape, generator=self.rng()).to(xb)
     return -self.log_likelihood(xb, z)
 
 
@@ -311,7 +312,7 @@ def test_probabilistic_pca_is_where_training_rests(monkeypatch):
 def test_importance_memory_does_not_grow_with_samples():
     d, seen = linear(VAE, scoring='importance', samples=50), []
     handle = d.nets_.decoder.register_forward_hook(lambda net, args, out: seen.append(len(args[0])))
-    d.score(X.double())
+    d.image_score(X.double())
     handle.remove()
     assert seen == [len(X)] * 50      # one decoding of the batch at a time
 
@@ -334,4 +335,4 @@ def test_contract_with_fixed_sigma(): check_detector(VAE(epochs=20, batch_size=3
 
 def test_reconstruction_score_is_that_of_the_autoencoder():
     d = linear(VAE, scoring='reconstruction')
-    torch.testing.assert_close(d.score(X.double()), AE.score(d, X.double()))
+    torch.testing.assert_close(d.image_score(X.double()), AE.image_score(d, X.double()))
