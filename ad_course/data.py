@@ -16,34 +16,38 @@ from sklearn.datasets import load_digits
 def check_images(x, what='x', first=0):
     """An array as images `(n, c, h, w)`, uint8 or float in [0, 1]; a view, nothing is converted.
 
-    Raises ValueError for another shape, type or range, or for NaN. `what` names the array in the message, `first` is the
-    number of its first image."""
+    what: the array's name in messages.  first: the number of its first image there.
+    Raises ValueError for another shape, type or range, and for NaN."""
     x = np.asarray(x)
     if x.dtype != np.uint8 and x.dtype.kind != 'f':
-        raise ValueError(f'{what} has type {x.dtype}: give uint8 from 0 to 255, or floats from 0 to 1')
-    if x.ndim == 3: x = x[:, None]                                            # (n, h, w) -> (n, 1, h, w)
+        raise ValueError(f'{what} must be uint8 up to 255, or floats from 0 to 1; got {x.dtype}')
+    if x.ndim == 3: x = x[:, None]                                  # (n, h, w) -> (n, 1, h, w)
     if x.ndim != 4:
-        raise ValueError(f'{what} has shape {x.shape}: give images as (n, h, w) or (n, c, h, w)' + ('; a single image as x[None]' if x.ndim == 2 else ''))
+        hint = ': give a single image as x[None]' if x.ndim == 2 else ''
+        raise ValueError(f'{what} must be (n, h, w) or (n, c, h, w); got {x.shape}{hint}')
     if x.shape[1] > 4 and x.shape[-1] in (1, 3, 4):
-        raise ValueError(f'{what} has shape {x.shape}, which looks like channels last: give x.transpose(0, 3, 1, 2)')
-    if 0 in x.shape[1:]: raise ValueError(f'{what} has images without pixels: shape {x.shape}')
+        hint = 'for channels last give x.transpose(0, 3, 1, 2)'
+        raise ValueError(f'{what} must be (n, c, h, w); got {x.shape}: {hint}')
+    if 0 in x.shape[1:]: raise ValueError(f'{what} must hold images with pixels; got {x.shape}')
     if x.dtype != np.uint8 and len(x):
         low, high = x.min(axis=(1, 2, 3)), x.max(axis=(1, 2, 3))
-        bad = ~((low >= 0) & (high <= 1))                                     # a NaN fails this too
+        bad = ~((low >= 0) & (high <= 1))                           # a NaN fails this too
         if bad.any():
             i = bad.argmax()
-            raise ValueError(f'{what}: image {first + i} runs from {low[i]:g} to {high[i]:g}; scale float images to [0, 1] first, e.g. x / 255')
+            found = f'image {first + i} from {low[i]:g} to {high[i]:g}'
+            hint = 'scale float images first, e.g. x / 255'
+            raise ValueError(f'{what} must be in [0, 1]; got {found}: {hint}')
     return x
 
 
 def as_images(x, what='x'):
-    "Checked images (see `check_images`) as uint8 or float32, in a read-only copy."
+    """Checked images (see `check_images`) as uint8 or float32, in a read-only copy."""
     x = check_images(x, what)
     return _locked(x, np.uint8 if x.dtype == np.uint8 else np.float32)
 
 
 def _locked(a, dtype=None):
-    "A read-only array; an array that is read-only already is not copied again."
+    """A read-only array; an array that is read-only already is not copied again."""
     a = np.asarray(a, dtype)
     if a.flags.writeable or not a.flags.c_contiguous: a = np.array(a, order='C')
     a.flags.writeable = False
@@ -51,51 +55,55 @@ def _locked(a, dtype=None):
 
 # %% ../nbs/0_foundations/01_data.ipynb #00000016
 def digests(x):
-    "One digest per image, `(n,)` of str: equal digests, equal pixels."
-    x = np.ascontiguousarray(x)
-    return np.array([hashlib.blake2b(i.tobytes(), digest_size=16).hexdigest() for i in x], dtype='<U32')
+    """One digest per image, `(n,)` of str: equal digests, equal pixels."""
+    digest = lambda image: hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()
+    return np.array([digest(image) for image in np.ascontiguousarray(x)], dtype='<U32')
 
 def overlap(x, others):
-    "The indices of the images of `x` that also occur in `others`, pixel for pixel, `(k,)` int."
+    """The indices of the images of `x` that also occur in `others`, pixel for pixel, `(k,)` int."""
     return np.flatnonzero(np.isin(digests(x), digests(others)))
 
 # %% ../nbs/0_foundations/01_data.ipynb #0000001a
 def _labels(y, n, what):
-    "`(n,)` int64 labels, each 0 or 1."
+    """`(n,)` int64 labels, each 0 or 1."""
     y = np.asarray(y)
     if y.shape != (n,) or not np.isin(y, (0, 1)).all():
-        raise ValueError(f'{what} has shape {y.shape} and values {np.unique(y)[:5]}: give {n} labels, 1 = anomaly, 0 = normal')
+        found = f'shape {y.shape} and values {np.unique(y)[:5]}'
+        raise ValueError(f'{what} must be {n} labels, 1 = anomaly, 0 = normal; got {found}')
     return _locked(y, np.int64)
 
-def _kinds_of(kinds, n, what):
-    "`(n,)` names of kinds."
+def _kinds_of(kinds, y, what):
+    """`(n,)` names of kinds; where none are given, those that the labels `y`, `(n,)`, tell."""
+    if kinds is None: kinds = np.where(y == 1, 'anomaly', 'normal')
     kinds = np.asarray(kinds, dtype=str)
-    if kinds.shape != (n,): raise ValueError(f'{what} has shape {kinds.shape}: give one name for each of {n} images')
+    if kinds.shape != y.shape:
+        raise ValueError(f'{what} must be {len(y)} names, one an image; got shape {kinds.shape}')
     return _locked(kinds)
 
 def _check_apart(**sets):
-    "Raises ValueError when an image stands in two of the named sets."
+    """Raises ValueError where an image stands in two of the named sets of images `(n, c, h, w)`."""
     sets = {k: digests(x) for k, x in sets.items()}
     names = list(sets)
     for i, a in enumerate(names):
         for b in names[:i]:
             if len(both := np.flatnonzero(np.isin(sets[a], sets[b]))):
-                raise ValueError(f'{len(both)} image(s) of {a} also stand in {b} (the first is {a}[{both[0]}]): '
-                                 'no image may be in two places')
+                found = f'{len(both)}, the first is {a}[{both[0]}]'
+                raise ValueError(f'{a} must share no image with {b}; got {found}')
 
 # %% ../nbs/0_foundations/01_data.ipynb #0000001c
 @dataclass(frozen=True, eq=False, repr=False)
 class Task:
-    """One anomaly detection task: training images, test images, labels (1 = anomaly), and how they came about.
+    """One anomaly detection task: training images, test images, labels, and how they came about.
 
-    Arrays are read-only. Raises ValueError for shapes, types or labels that do not fit together, and for an image in two places."""
+    Arrays are read-only. Raises ValueError for shapes, types or labels that do not fit together,
+    and for an image in two places."""
     name: str
     x_train: np.ndarray                     # (n, c, h, w) uint8, or float32 in [0, 1]
     x_test: np.ndarray                      # (m, c, h, w)
     y_test: np.ndarray                      # (m,) int64, 1 = anomaly
-    protocol: str                           # plain words: direction, normal class, split, preprocessing, seed
-    y_train: np.ndarray | None = None       # (n,) int64, what a detector is given: 1 = a labelled anomaly
-    kinds_train: np.ndarray | None = None   # (n,) str, 'normal' or the kind of anomaly: what each image truly is
+    protocol: str                           # in words: direction, normal class, split, seed
+    y_train: np.ndarray | None = None       # (n,) int64, what a detector is given
+    kinds_train: np.ndarray | None = None   # (n,) str, 'normal' or the anomaly's kind: the truth
     kinds_test: np.ndarray | None = None    # (m,) str
     masks_test: np.ndarray | None = None    # (m, h, w) bool, or None
     x_reserve: np.ndarray | None = None     # (r, c, h, w) anomalies in neither set
@@ -106,90 +114,121 @@ class Task:
 
     @property
     def shape(self):
-        "Channels, height and width of one image."
+        """Channels, height and width of one image."""
         return self.x_train.shape[1:]
 
     @property
     def seen(self):
-        "Kinds of anomalies that training may know: those labelled, or else those in the reserve."
+        """Kinds of anomalies that training may know: those labelled, or those in the reserve."""
         return _seen(self)
 
     @property
     def unseen(self):
-        "Kinds of test anomalies that training cannot know."
-        return tuple(k for k in np.unique(self.kinds_test[self.y_test == 1]).tolist() if k not in self.seen)
+        """Kinds of test anomalies that training cannot know."""
+        kinds = np.unique(self.kinds_test[self.y_test == 1]).tolist()
+        return tuple(k for k in kinds if k not in self.seen)
 
     def __repr__(self): return _in_words(self)
 
 # %% ../nbs/0_foundations/01_data.ipynb #0000001e
 def _checked(t):
-    "The fields of a task, validated, with defaults filled in."
+    """The fields of a task, validated, with defaults filled in."""
     x_train, x_test = as_images(t.x_train, 'x_train'), as_images(t.x_test, 'x_test')
     x_reserve = as_images(x_train[:0] if t.x_reserve is None else t.x_reserve, 'x_reserve')
-    n, m = len(x_train), len(x_test)
-    if not n: raise ValueError('x_train is empty: a detector needs at least one training image')
-    for what, x in (('x_test', x_test), ('x_reserve', x_reserve)):
-        if x.shape[1:] != x_train.shape[1:] or x.dtype != x_train.dtype:
-            raise ValueError(f'{what} holds {x.dtype} images of {x.shape[1:]}, x_train {x_train.dtype} of {x_train.shape[1:]}')
-    y_test = _labels(t.y_test, m, 'y_test')
-    y_train = _labels(np.zeros(n) if t.y_train is None else t.y_train, n, 'y_train')
-    named = lambda kinds, y, what: _kinds_of(np.where(y == 1, 'anomaly', 'normal') if kinds is None else kinds, len(y), what)
-    kinds_train, kinds_test = named(t.kinds_train, y_train, 'kinds_train'), named(t.kinds_test, y_test, 'kinds_test')
-    kinds_reserve = named(t.kinds_reserve, np.ones(len(x_reserve)), 'kinds_reserve')
-    if ((kinds_test != 'normal') != y_test).any(): raise ValueError("kinds_test disagrees with y_test: 'normal' must mean label 0")
-    if (y_train > (kinds_train != 'normal')).any(): raise ValueError('y_train calls an image an anomaly whose kind is normal')
-    if (kinds_reserve == 'normal').any(): raise ValueError('x_reserve may hold anomalies only')
-    masks = t.masks_test if t.masks_test is None else _locked(t.masks_test, bool)
-    if masks is not None and masks.shape != (m, *x_test.shape[2:]):
-        raise ValueError(f'masks_test has shape {masks.shape}, the test images need {(m, *x_test.shape[2:])}')
-    if masks is not None and masks[y_test == 0].any(): raise ValueError('a normal test image has a mask that is not empty')
+    if not len(x_train): raise ValueError('x_train must hold an image or more; got none')
+    _check_alike(x_train, x_test=x_test, x_reserve=x_reserve)
+    y_test = _labels(t.y_test, len(x_test), 'y_test')
+    y_train = np.zeros(len(x_train)) if t.y_train is None else t.y_train
+    y_train = _labels(y_train, len(x_train), 'y_train')
+    kinds_train = _kinds_of(t.kinds_train, y_train, 'kinds_train')
+    kinds_test = _kinds_of(t.kinds_test, y_test, 'kinds_test')
+    kinds_reserve = _kinds_of(t.kinds_reserve, np.ones(len(x_reserve)), 'kinds_reserve')
+    _refuse((kinds_test != 'normal') != y_test,
+            "kinds_test must be 'normal' exactly where y_test is 0", kinds_test)
+    _refuse(y_train > (kinds_train != 'normal'),
+            "y_train must be 0 where kinds_train is 'normal'", y_train)
+    _refuse(kinds_reserve == 'normal', 'x_reserve must hold anomalies only', kinds_reserve)
+    masks = None if t.masks_test is None else _masks(t.masks_test, x_test, y_test)
     _check_apart(x_train=x_train, x_test=x_test, x_reserve=x_reserve)
-    return dict(x_train=x_train, x_test=x_test, y_test=y_test, y_train=y_train, kinds_train=kinds_train,
-                kinds_test=kinds_test, masks_test=masks, x_reserve=x_reserve, kinds_reserve=kinds_reserve)
+    return dict(x_train=x_train, x_test=x_test, y_test=y_test, y_train=y_train,
+                kinds_train=kinds_train, kinds_test=kinds_test, masks_test=masks,
+                x_reserve=x_reserve, kinds_reserve=kinds_reserve)
+
+def _check_alike(x_train, **sets):
+    """Raises ValueError for images whose type or shape is not that of the training images."""
+    for what, x in sets.items():
+        if x.shape[1:] != x_train.shape[1:] or x.dtype != x_train.dtype:
+            like = f'{x_train.dtype} images of {x_train.shape[1:]}, like x_train'
+            raise ValueError(f'{what} must hold {like}; got {x.dtype} images of {x.shape[1:]}')
+
+def _masks(masks, x_test, y_test):
+    """`(m, h, w)` bool masks, without a mark on a normal image."""
+    masks, shape = _locked(masks, bool), (len(x_test), *x_test.shape[2:])
+    if masks.shape != shape: raise ValueError(f'masks_test must be {shape}; got {masks.shape}')
+    marked = masks.sum((1, 2))                                      # (m,) pixels
+    _refuse(marked * (y_test == 0) > 0, 'the mask of a normal image must mark 0 pixels', marked)
+    return masks
+
+def _refuse(wrong, rule, values):
+    """Raises ValueError with the rule and the first of `values`, `(n,)`, that is `wrong`."""
+    if wrong.any(): raise ValueError(f'{rule}; got {values[wrong.argmax()]} at {wrong.argmax()}')
 
 # %% ../nbs/0_foundations/01_data.ipynb #00000020
 def _seen(t):
-    "The kinds labelled in training; where nothing is labelled, the kinds that the reserve offers."
-    return tuple(np.unique(t.kinds_train[t.y_train == 1] if t.y_train.any() else t.kinds_reserve).tolist())
+    """The kinds labelled in training; where nothing is labelled, those that the reserve offers."""
+    labelled = t.kinds_train[t.y_train == 1]
+    return tuple(np.unique(labelled if len(labelled) else t.kinds_reserve).tolist())
 
 def _in_words(t):
-    "A task as a short paragraph: what `repr` prints."
-    listed = lambda kinds: ', '.join(kinds[:6]) + (f' and {len(kinds) - 6} more' if len(kinds) > 6 else '') if kinds else 'none'
+    """A task as a short paragraph: what `repr` prints."""
+    def listed(kinds):
+        more = f' and {len(kinds) - 6} more' if len(kinds) > 6 else ''
+        return ', '.join(kinds[:6]) + more if kinds else 'none'
     hidden = int(((t.kinds_train != 'normal') & (t.y_train == 0)).sum())
-    train = f'{len(t.x_train)} images, {int(t.y_train.sum())} labelled anomalies, {hidden} hidden ones'
-    masks = 'no masks' if t.masks_test is None else 'with masks'
-    return '\n'.join([f'Task {t.name}: images {t.shape} {t.x_train.dtype}', f'  train    {train}',
-        f'  test     {int((t.y_test == 0).sum())} normal, {int(t.y_test.sum())} anomalous, {masks}',
-        f'  reserve  {len(t.x_reserve)} anomalies', f'  seen     {listed(t.seen)}', f'  unseen   {listed(t.unseen)}',
+    labels = f'{int(t.y_train.sum())} labelled anomalies, {hidden} hidden ones'
+    tested = f'{int((t.y_test == 0).sum())} normal, {int(t.y_test.sum())} anomalous'
+    return '\n'.join([
+        f'Task {t.name}: images {t.shape} {t.x_train.dtype}',
+        f'  train    {len(t.x_train)} images, {labels}',
+        f'  test     {tested}, {"no masks" if t.masks_test is None else "with masks"}',
+        f'  reserve  {len(t.x_reserve)} anomalies',
+        f'  seen     {listed(t.seen)}',
+        f'  unseen   {listed(t.unseen)}',
         f'  protocol {t.protocol}'])
 
 # %% ../nbs/0_foundations/01_data.ipynb #00000027
 def _name(kind):
-    "A kind as text: 3, 3.0 and np.int64(3) are all '3'."
+    """A kind as text: 3, 3.0 and np.int64(3) are all '3'."""
     return str(kind) if isinstance(kind, str) else f'{float(kind):g}'
 
 def _names(kinds):
-    "Kinds as an array of text, `(n,)`."
+    """Kinds as an array of text, `(n,)`."""
     values, where = np.unique(np.asarray(kinds), return_inverse=True)
     return np.array([_name(v) for v in values.tolist()], dtype=str)[where.reshape(-1)]
 
-def _several(which): return [which] if isinstance(which, str) or np.ndim(which) == 0 else list(which)
+def _several(which):
+    """A list of kinds, from one or several."""
+    return [which] if isinstance(which, str) or np.ndim(which) == 0 else list(which)
 
 def _anomalous(kinds, normal, anomalous):
-    "Which of the named kinds are anomalies, `(n,)` bool, and the choice in words."
-    if (normal is None) == (anomalous is None): raise ValueError('give exactly one of normal= and anomalous=')
+    """Which of the named kinds are anomalies, `(n,)` bool, and the choice in words."""
+    if (normal is None) == (anomalous is None):
+        found = 'neither' if normal is None else 'both'
+        raise ValueError(f'exactly one of normal= and anomalous= must be given; got {found}')
+    side, other = ('normal', 'anomalous') if anomalous is None else ('anomalous', 'normal')
     wanted = [_name(k) for k in _several(anomalous if normal is None else normal)]
     known = np.unique(kinds).tolist()
-    if lost := [k for k in wanted if k not in known]: raise ValueError(f'no images of kind {lost[0]!r}; there are {", ".join(known)}')
-    if set(known) == set(wanted): raise ValueError(f'all kinds are {"normal" if anomalous is None else "anomalous"}: nothing is left to tell apart')
-    chosen, listed = np.isin(kinds, wanted), ', '.join(wanted)
-    few, rest = 'one class' if len(wanted) == 1 else f'{len(wanted)} classes', len(known) - len(wanted)
-    if anomalous is None: return ~chosen, f'{few} normal ({listed}), the other {rest} anomalous'
-    return chosen, f'{few} anomalous ({listed}), the other {rest} normal'
+    if lost := [k for k in wanted if k not in known]:
+        raise ValueError(f'{side} must be among the kinds {", ".join(known)}; got {lost[0]!r}')
+    if set(known) == set(wanted):
+        raise ValueError(f'{side} must leave a kind that is {other}; got all {len(known)} kinds')
+    few = 'one class' if len(wanted) == 1 else f'{len(wanted)} classes'
+    words = f'{few} {side} ({", ".join(wanted)}), the other {len(known) - len(wanted)} {other}'
+    return np.isin(kinds, wanted) != (side == 'normal'), words
 
 # %% ../nbs/0_foundations/01_data.ipynb #0000002a
 def _share(index, fraction, groups, rng):
-    "`index` in two parts, the first about `fraction` of it; what shares a group stays together."
+    """`index` in two parts, the first about `fraction` of it; a group stays together."""
     _, group, size = np.unique(np.asarray(groups)[index], return_inverse=True, return_counts=True)
     order = rng.permutation(len(size))
     before = np.cumsum(size[order]) - size[order] / 2
@@ -197,25 +236,33 @@ def _share(index, fraction, groups, rng):
     return index[taken], index[~taken]
 
 def _apart(x_train, x_test, x_reserve):
-    "Which test and which reserve images to keep, so that no image is in two places, and a note of what went."
+    """Which test and reserve images to keep, as two arrays of bool, and a list of notes in words.
+
+    Test images that also stand in training go, and reserve images that stand in either."""
     train, test, reserve = digests(x_train), digests(x_test), digests(x_reserve)
-    keep_test, keep_reserve = ~np.isin(test, train), ~np.isin(reserve, np.concatenate([train, test]))
+    keep_test = ~np.isin(test, train)
+    keep_reserve = ~np.isin(reserve, np.concatenate([train, test]))
+    gone = dict(test=int((~keep_test).sum()), reserve=int((~keep_reserve).sum()))
     note = [f'{n} removed from the {side} side, being copies of images elsewhere'
-            for n, side in ((int((~keep_test).sum()), 'test'), (int((~keep_reserve).sum()), 'reserve')) if n]
+            for side, n in gone.items() if n]
     return keep_test, keep_reserve, note
 
 # %% ../nbs/0_foundations/01_data.ipynb #0000002d
-def one_class(x, kinds, *, normal=None, anomalous=None, x_test=None, kinds_test=None, test_fraction=.3, reserve=.2,
-              seed=0, name='', max_reserve=2000, groups=None):
+def one_class(x, kinds, *, normal=None, anomalous=None, x_test=None, kinds_test=None,
+              test_fraction=.3, reserve=.2, seed=0, name='', max_reserve=2000, groups=None):
     """A `Task` from images `(n, h, w)` or `(n, c, h, w)` and the kind (class) of each, `(n,)`.
 
-    normal, anomalous: exactly one of them, a kind or several.  x_test, kinds_test: the official test images, if there are any;
-    else `test_fraction` of the normal images is held out, and every anomaly outside the reserve is a test image.
-    reserve: the share of the anomalies (of the training side, where there is one) to set aside, at most `max_reserve`.
-    groups: `(n,)`, images of one group (one object, one patient) never come apart; default: equal pixels.
+    normal, anomalous: exactly one of them, a kind or several.
+    x_test, kinds_test: the official test images, if there are any; else `test_fraction` of the
+    normal images is held out, and every anomaly outside the reserve is a test image.
+    reserve: the share of the anomalies (of the training side, where there is one) to set aside,
+    at most `max_reserve`.
+    groups: `(n,)`, images of one group (one object, one patient) stay on one side of a seeded
+    split; default: equal pixels.
     Raises ValueError for unknown kinds and where a side would be empty."""
     x, kinds, rng = as_images(x), _names(kinds), np.random.default_rng([seed, 1])
-    if len(x) != len(kinds): raise ValueError(f'{len(x)} images, but {len(kinds)} kinds')
+    if len(x) != len(kinds):
+        raise ValueError(f'kinds must be one for each of {len(x)} images; got {len(kinds)}')
     anomaly, words = _anomalous(kinds, normal, anomalous)
     groups = digests(x) if groups is None else np.asarray(groups)
     aside, others = _share(np.flatnonzero(anomaly), reserve, groups, rng)
@@ -223,109 +270,147 @@ def one_class(x, kinds, *, normal=None, anomalous=None, x_test=None, kinds_test=
     if x_test is None:
         held, train = _share(train, test_fraction, groups, rng)
         test = np.sort(np.concatenate([held, others]))
-        x_test, kinds_test, test_anomaly, split = x[test], kinds[test], anomaly[test], f'{test_fraction:g} of the normal images held out'
+        x_test, kinds_test, test_anomaly = x[test], kinds[test], anomaly[test]
+        split = f'{test_fraction:g} of the normal images held out'
     else:
-        x_test, kinds_test, split = as_images(x_test, 'x_test'), _names(kinds_test), 'test images as given'
+        x_test, kinds_test = as_images(x_test, 'x_test'), _names(kinds_test)
         test_anomaly, _ = _anomalous(kinds_test, normal, anomalous)
-    if not len(train): raise ValueError(f'{words}: no normal image is left to train on')
-    return _assemble(name or words, x[train], x_test, kinds_test, test_anomaly, x, kinds,
-                     np.sort(rng.permutation(aside)[:max_reserve]), [words, split], seed)
+        split = 'test images as given'
+    if not len(train):
+        raise ValueError(f'a normal image or more must be left to train on; got none ({words})')
+    aside = np.sort(rng.permutation(aside)[:max_reserve])
+    return _assemble(name or words, x[train], x_test, kinds_test, test_anomaly,
+                     x[aside], kinds[aside], [words, split], seed)
 
-def _assemble(name, x_train, x_test, kinds_test, anomaly, x, kinds, aside, words, seed):
-    "The task of a split, with copies of images removed."
-    test, reserve, note = _apart(x_train, x_test, x[aside])
-    words = words + note + [f'pixels as they are ({x.dtype})', f'seed {seed}']
-    return Task(name, x_train, x_test[test], anomaly[test], '; '.join(words), x_reserve=x[aside][reserve],
-                kinds_test=np.where(anomaly, kinds_test, 'normal')[test], kinds_reserve=kinds[aside][reserve])
+def _assemble(name, x_train, x_test, kinds_test, anomaly, x_reserve, kinds_reserve, words, seed):
+    """The task of a split, with copies of images removed."""
+    test, reserve, note = _apart(x_train, x_test, x_reserve)
+    words = words + note + [f'pixels as they are ({x_train.dtype})', f'seed {seed}']
+    kinds_test = np.where(anomaly, kinds_test, 'normal')
+    return Task(name, x_train, x_test[test], anomaly[test], '; '.join(words),
+                kinds_test=kinds_test[test],
+                x_reserve=x_reserve[reserve], kinds_reserve=kinds_reserve[reserve])
 
 # %% ../nbs/0_foundations/01_data.ipynb #00000032
 def _direction(normal, anomalous, classes):
-    "The arguments `normal` and `anomalous` of `one_class`, from indices or names of `classes`."
-    if anomalous is not None and np.ndim(normal) == 0 and normal == 0: normal = None   # 0 is the loaders' default
+    """The arguments `normal` and `anomalous` of `one_class`, from indices or names of `classes`.
+
+    Raises ValueError for what is neither."""
+    if anomalous is not None and np.ndim(normal) == 0 and normal == 0: normal = None   # the default
     def named(k):
         if isinstance(k, str) and k in classes: return k
         if not isinstance(k, str) and 0 <= k < len(classes): return classes[int(k)]
-        raise ValueError(f'{k!r} is no class: give an index below {len(classes)} or one of {", ".join(classes)}')
-    return {n: [named(k) for k in _several(v)] for n, v in (('normal', normal), ('anomalous', anomalous)) if v is not None}
+        known = f'an index below {len(classes)} or one of {", ".join(classes)}'
+        raise ValueError(f'a class must be {known}; got {k!r}')
+    sides = dict(normal=normal, anomalous=anomalous)
+    return {n: [named(k) for k in _several(v)] for n, v in sides.items() if v is not None}
 
 def digits(normal=0, *, anomalous=None, seed=0):
-    "scikit-learn's 1,797 handwritten digits as a `Task`, 8x8 float32. `anomalous=3` in place of `normal` turns the direction around."
+    """scikit-learn's 1,797 handwritten digits as a `Task`, 8x8 float32.
+
+    normal: one class or several.  anomalous: the same in place of `normal`, for the other
+    direction.  seed: of the split.
+    Raises ValueError for what is no digit, and for both directions at once."""
     bunch = load_digits()
     classes = [str(c) for c in bunch.target_names]
     which = _direction(normal, anomalous, classes)
     side, chosen = next(iter(which.items()))
-    return one_class(bunch.images / 16, bunch.target, **which, seed=seed, name=f'digits, {side} {", ".join(chosen)}')
+    name = f'digits, {side} {", ".join(chosen)}'
+    return one_class(bunch.images / 16, bunch.target, **which, seed=seed, name=name)
 
 # %% ../nbs/0_foundations/01_data.ipynb #0000003a
 def _move(task, index, label, note, seed):
-    "The task with reserve images `index` moved into training under `label`, in shuffled order."
+    """The task with reserve images `index`, `(k,)`, moved to training under `label`, shuffled."""
     left = np.setdiff1d(np.arange(len(task.x_reserve)), index)
     order = np.random.default_rng([seed, 3]).permutation(len(task.x_train) + len(index))
     join = lambda a, b: np.concatenate([a, b])[order]
-    return replace(task, x_train=join(task.x_train, task.x_reserve[index]), y_train=join(task.y_train, np.full(len(index), label)),
-                   kinds_train=join(task.kinds_train, task.kinds_reserve[index]), protocol=f'{task.protocol}; {note}',
+    return replace(task, x_train=join(task.x_train, task.x_reserve[index]),
+                   y_train=join(task.y_train, np.full(len(index), label)),
+                   kinds_train=join(task.kinds_train, task.kinds_reserve[index]),
+                   protocol=f'{task.protocol}; {note}',
                    x_reserve=task.x_reserve[left], kinds_reserve=task.kinds_reserve[left])
 
 def contaminate(task, rate, seed=0):
-    """The task with unlabelled anomalies from the reserve added, until they are `rate` of the training images.
+    """The task with unlabelled anomalies from the reserve added, until they are `rate` of training.
 
-    Raises ValueError when the reserve is too small, or the task is contaminated beyond `rate` already."""
-    if not 0 <= rate < 1: raise ValueError(f'rate is {rate}: give a share from 0 up to, not including, 1')
+    Raises ValueError where the reserve is too small, or the rate is exceeded already."""
+    if not 0 <= rate < 1: raise ValueError(f'rate must be from 0 to below 1; got {rate}')
     n, hidden = len(task.x_train), int(((task.kinds_train != 'normal') & (task.y_train == 0)).sum())
     k, r = round((rate * n - hidden) / (1 - rate)), len(task.x_reserve)
-    if k < 0: raise ValueError(f'{hidden} of {n} training images are unlabelled anomalies already: more than rate {rate}')
-    if k > r: raise ValueError(f'rate {rate} of {n} training images needs {k} more anomalies and the reserve holds {r}: '
-                               f'up to {(hidden + r) / (n + r):.3f} is possible')
+    if k < 0:
+        lowest = f'{hidden / n:.3f}, since {hidden} of {n} images are hidden anomalies already'
+        raise ValueError(f'rate must be at least {lowest}; got {rate}')
+    if k > r:
+        highest = f'{(hidden + r) / (n + r):.3f}, since the reserve holds {r} anomalies'
+        raise ValueError(f'rate must be at most {highest}; got {rate}, which needs {k} more')
     index = np.random.default_rng([seed, 2]).choice(r, k, replace=False)
-    return _move(task, index, 0, f'contaminated: {hidden + k} of {n + k} training images are unlabelled anomalies, seed {seed}', seed)
+    share = f'{hidden + k} of {n + k} training images are unlabelled anomalies'
+    return _move(task, index, 0, f'contaminated: {share}, seed {seed}', seed)
 
 # %% ../nbs/0_foundations/01_data.ipynb #00000040
 def label_anomalies(task, k, kinds=None, seed=0):
-    """The task with `k` labelled anomalies (`y_train` 1) of the chosen kinds (default: all) moved from the reserve into training.
+    """The task with `k` labelled anomalies (`y_train` 1) moved from the reserve into training.
 
-    They are spread over the kinds as evenly as the reserve allows. Raises ValueError when it holds too few."""
+    kinds: one or several, default all; they share `k` as evenly as the reserve allows.
+    Raises ValueError for kinds that are not in the reserve, and where it holds too few."""
     offered = np.unique(task.kinds_reserve).tolist()
     kinds = offered if kinds is None else [_name(i) for i in _several(kinds)]
-    if lost := [i for i in kinds if i not in offered]: raise ValueError(f'no {lost[0]!r} in the reserve, which offers {", ".join(offered) or "nothing"}')
+    if lost := [i for i in kinds if i not in offered]:
+        known = ', '.join(offered) or 'none'
+        raise ValueError(f'kinds must be in the reserve, which offers {known}; got {lost[0]!r}')
     order = np.random.default_rng([seed, 4]).permutation(len(task.x_reserve))
-    order = order[np.isin(task.kinds_reserve[order], kinds)]
-    if not 0 < k <= len(order): raise ValueError(f'k is {k}: the reserve holds {len(order)} anomalies of the kinds {", ".join(kinds)}')
-    same = task.kinds_reserve[order][:, None] == task.kinds_reserve[order]                        # (r, r)
-    turn = np.tril(same, -1).sum(1)                     # how many of its kind come before: first the firsts, then the seconds
+    order = order[np.isin(task.kinds_reserve[order], kinds)]        # (r,)
+    if not 0 < k <= len(order):
+        named = f'what the reserve holds of the kinds {", ".join(kinds)}'
+        raise ValueError(f'k must be from 1 to {len(order)}, {named}; got {k}')
+    same = task.kinds_reserve[order][:, None] == task.kinds_reserve[order]          # (r, r)
+    turn = np.tril(same, -1).sum(1)         # how many of its kind come before: first the firsts
     index = order[np.argsort(turn, kind='stable')[:k]]
-    return _move(task, index, 1, f'{k} labelled anomalies ({", ".join(sorted(kinds))}), seed {seed}', seed)
+    note = f'{k} labelled anomalies ({", ".join(sorted(kinds))}), seed {seed}'
+    return _move(task, index, 1, note, seed)
 
-# %% ../nbs/0_foundations/01_data.ipynb #0e84146a
+# %% ../nbs/0_foundations/01_data.ipynb #166caf06
 def balanced(x, y, share=.5):
-    """Images and labels with the labelled anomalies repeated, whole times, until they are about `share` of all.
+    """Images and labels with the labelled anomalies repeated until they are about `share` of all.
 
-    x: (n, ...), y: (n,) of 0 and 1. ValueError where nothing is labelled 1, or nothing 0."""
+    x: `(n, ...)`, y: `(n,)` of 0 and 1; each labelled anomaly is repeated equally often.
+    Raises ValueError where nothing is labelled 1, or nothing 0, and for a share that is none."""
     x, y = np.asarray(x), np.asarray(y)
-    if y.shape != x.shape[:1]: raise ValueError(f'y must have one label for each of the {len(x)} images; got shape {y.shape}')
+    if y.shape != x.shape[:1]:
+        raise ValueError(f'y must have one label for each of {len(x)} images; got shape {y.shape}')
     n, m = int((y == 0).sum()), int((y == 1).sum())
-    if not (n and m): raise ValueError(f'{n} images labelled 0 and {m} labelled 1: there is nothing to balance')
-    if not 0 < share < 1: raise ValueError(f'share must be between 0 and 1, both excluded; got {share!r}')
+    if not (n and m): raise ValueError(f'y must hold zeros and ones; got {n} zeros and {m} ones')
+    if not 0 < share < 1: raise ValueError(f'share must be between 0 and 1; got {share!r}')
     times = np.where(y == 1, max(1, round(n / m * share / (1 - share))), 1)
     return np.repeat(x, times, 0), np.repeat(y, times)
 
-# %% ../nbs/0_foundations/01_data.ipynb #acc28500
+# %% ../nbs/0_foundations/01_data.ipynb #e87e20a1
 def expose(task, x, kind='outside'):
-    """The task with an outside set x added to training, labelled 1, under the name `kind`; copies of it leave the reserve.
+    """The task with an outside set `x`, `(k, c, h, w)`, added to training, labelled 1, as `kind`.
 
-    ValueError where an image of x also stands in the test."""
+    Copies of it leave the reserve. Raises ValueError where an image of `x` is in the test too."""
     x, keep = as_images(x), ~np.isin(digests(task.x_reserve), digests(x))
-    return replace(task, x_train=np.concatenate([task.x_train, x]), y_train=np.concatenate([task.y_train, np.ones(len(x), int)]),
-                   kinds_train=np.concatenate([task.kinds_train, np.repeat(kind, len(x))]), x_reserve=task.x_reserve[keep],
-                   kinds_reserve=task.kinds_reserve[keep], protocol=f'{task.protocol}; {len(x)} outside images labelled 1 ({kind})')
+    add = lambda a, b: np.concatenate([a, b])
+    return replace(task, x_train=add(task.x_train, x),
+                   y_train=add(task.y_train, np.ones(len(x), int)),
+                   kinds_train=add(task.kinds_train, np.repeat(kind, len(x))),
+                   x_reserve=task.x_reserve[keep], kinds_reserve=task.kinds_reserve[keep],
+                   protocol=f'{task.protocol}; {len(x)} outside images labelled 1 ({kind})')
 
-# %% ../nbs/0_foundations/01_data.ipynb #6acb6b6f
+# %% ../nbs/0_foundations/01_data.ipynb #6677221d
 def flat_set(name, n=300, seed=0):
-    """Points (n, 2) spread evenly over a 'disc', over a bow of a 'moon', or over 'two' small discs."""
+    """Points `(n, 2)` spread evenly over a 'disc', a bow of a 'moon', or 'two' small discs.
+
+    Raises ValueError for another name."""
     g = np.random.default_rng(seed)
+    on_circle = lambda turn: np.stack([np.cos(turn), np.sin(turn)], 1)              # (n, 2)
     if name == 'moon':
         turn, length = g.uniform(0, np.pi, n), np.sqrt(g.uniform(.8**2, 1.2**2, n))
-        return length[:, None] * np.stack([np.cos(turn), np.sin(turn)], 1)
-    if name not in ('disc', 'two'): raise ValueError(f"no set {name!r}: there are 'disc', 'moon' and 'two'")
+        return length[:, None] * on_circle(turn)
+    if name not in ('disc', 'two'):
+        raise ValueError(f"name must be 'disc', 'moon' or 'two'; got {name!r}")
     turn, length = g.uniform(0, 2 * np.pi, n), np.sqrt(g.uniform(0, 1, n))
-    disc = length[:, None] * np.stack([np.cos(turn), np.sin(turn)], 1)
-    return disc if name == 'disc' else .4 * disc + np.array([.8, 0]) * np.where(g.random(n) < .5, -1, 1)[:, None]
+    disc = length[:, None] * on_circle(turn)
+    if name == 'disc': return disc
+    side = np.where(g.random(n) < .5, -1, 1)                                        # (n,)
+    return .4 * disc + np.array([.8, 0]) * side[:, None]

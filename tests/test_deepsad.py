@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ad_course.data import balanced, digits, expose, label_anomalies
+from ad_course.data import balanced, digits, label_anomalies
 from ad_course.deepsad import HSC, DeepSAD, look_for_overlap, pseudo_huber
 from ad_course.deepsvdd import DeepSVDD, guarded, quantile_radius
 from ad_course.check import loss_values
@@ -238,18 +238,6 @@ def test_balance_is_a_factor_on_eta():
     assert np.isclose(hook_loss(one, x, y) * len(y), hook_loss(other, X, Y) * len(Y), rtol=1e-4)
 
 
-@pytest.mark.parametrize('share, times', [(.5, 5), (.2, 1), (.75, 15), (.01, 1)])
-def test_balanced_repeats_whole_images(share, times):
-    x, y = balanced(X, Y, share)
-    assert (y == 0).sum() == 60 and (y == 1).sum() == 12 * times
-    assert np.array_equal(x[y == 0], X[:60]) and np.array_equal(x[y == 1], np.repeat(X[60:], times, 0))
-
-
-@pytest.mark.parametrize('args, match', [((X, Y * 0), '60|72 images labelled 0 and 0'), ((X, Y * 0 + 1), '0 images labelled 0'), ((X, Y, 1.), 'share'), ((X, Y[:3]), 'one label')])
-def test_balanced_refuses(args, match):
-    with pytest.raises(ValueError, match=match): balanced(*args)
-
-
 def test_pseudo_huber_near_and_far():
     d = torch.tensor([0., 1e-12, 1e-8, .5, 3., 1e12])
     assert torch.allclose(pseudo_huber(d).double(), torch.tensor([0., 5e-13, 5e-9, 1.5**.5 - 1, 1., 1e6 - 1], dtype=torch.float64), rtol=1e-6, atol=0)
@@ -267,16 +255,6 @@ def test_hsc_is_a_cross_entropy():
 def test_overlap_counts_images_once():
     batches = [(torch.tensor(X[:4]), torch.tensor([0, 0, 0, 1])), (torch.tensor(X[[0, 0, 5]]), torch.tensor([1, 1, 1]))]
     with pytest.warns(UserWarning, match='1 of 3 different'): assert look_for_overlap(batches) == 1
-
-
-def test_expose_keeps_the_task_honest():
-    outside = np.random.default_rng(0).random((7, 1, 8, 8), dtype='float32')
-    task = expose(TASK, outside, 'noise')
-    assert task.y_train.sum() == 7 and len(task.x_train) == len(TASK.x_train) + 7 and task.seen == ('noise',) and '7 outside' in task.protocol
-    assert np.array_equal(task.x_train[task.y_train == 1], outside)
-    with pytest.raises(ValueError, match='x_test'): expose(TASK, TASK.x_test[:1])
-    assert len(expose(TASK, TASK.x_reserve[:5]).x_reserve) <= len(TASK.x_reserve) - 5
-    assert len(expose(TASK, outside[:0]).x_train) == len(TASK.x_train)
 
 
 @pytest.mark.parametrize('wrong', [dict(eta=-1), dict(eta=float('inf')), dict(eta=True), dict(eps=0), dict(eps=-1e-6), dict(eps=float('nan')), dict(objective='soft-boundary')])
