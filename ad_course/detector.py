@@ -347,7 +347,8 @@ def _checked_turns(turns):
     """Turns as a list of (player, loss, every); ValueError for anything else."""
     whole = []
     for turn in turns:
-        player, loss, every = (*turn, 1)[:3] if isinstance(turn, (tuple, list)) else (None,) * 3
+        whole_turn = isinstance(turn, (tuple, list)) and len(turn) in (2, 3)
+        player, loss, every = (*turn, 1)[:3] if whole_turn else (None, None, None)
         if not (isinstance(player, str) and callable(loss) and is_number(every, 1, whole=True)):
             raise ValueError('a turn must be (player, loss) or (player, loss, every); '
                              f'got {turn!r}')
