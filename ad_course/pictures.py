@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
-from numbers import Real
+from numbers import Integral, Real
 from types import SimpleNamespace
 
 # %% ../nbs/0_foundations/05_pictures.ipynb #00000006
@@ -41,7 +41,7 @@ INK, FAINT = '#222222', '#9A9A9A'           # text and thresholds; frames and ch
 LINES = [('#222222', '-'), ('#C77F1A', '--'), ('#0B7A75', '-.'), ('#9A7BC0', ':'),
          ('#5B5B5B', (0, (5, 1, 1, 1, 1, 1))), ('#3F9BD1', (0, (8, 2)))]
 PLAYERS = '#2C6E9E', '#B86E00', '#0B7A75', '#7A5BA6', '#6B6B6B'   # who moves, in a diagram
-HEAT = 'OrRd'                               # a score: white to dark red, dark = anomalous, also in gray
+HEAT = 'OrRd'                               # a score: light to dark red, dark = anomalous
 GRAY = 'gray'                               # the pixels of an image, as they are
 AMOUNT = 'Greys'                            # an amount that is no score: white = none
 SIGNED = 'RdBu_r'                           # plus and minus: white = 0 (give vmin = -vmax)
@@ -51,12 +51,13 @@ PAGE, SMALL, TEXT = 8., 9., 10.             # inches; points: ticks and notes; l
 _INK = ('text.color', 'axes.labelcolor', 'axes.titlecolor', 'xtick.color', 'ytick.color',
         'axes.edgecolor')
 _STYLE = {
-    'font.size': TEXT, 'axes.titlesize': TEXT + 1, 'axes.labelsize': TEXT, 'figure.titlesize': TEXT + 1,
-    'xtick.labelsize': SMALL, 'ytick.labelsize': SMALL, 'legend.fontsize': SMALL,
+    'font.size': TEXT, 'axes.labelsize': TEXT, 'axes.titlesize': TEXT + 1, 'legend.fontsize': SMALL,
+    'figure.titlesize': TEXT + 1, 'xtick.labelsize': SMALL, 'ytick.labelsize': SMALL,
     'mathtext.fontset': 'dejavuserif', 'figure.dpi': 90, 'figure.figsize': (5., 3.),
     'figure.constrained_layout.use': True, 'axes.titlelocation': 'left', 'legend.frameon': False,
-    'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': False, 'lines.linewidth': 1.8,
-    'hatch.linewidth': .7, 'image.cmap': GRAY, 'image.interpolation': 'antialiased',
+    'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': False,
+    'lines.linewidth': 1.8, 'hatch.linewidth': .7,
+    'image.cmap': GRAY, 'image.interpolation': 'antialiased',
     'axes.prop_cycle': mpl.cycler(color=[color for color, _ in LINES]),
     **{k: INK for k in _INK}, **{f'{k}.facecolor': 'white' for k in ('figure', 'axes', 'savefig')}}
 
@@ -69,24 +70,24 @@ def _kernel():
 
 @contextmanager
 def style():
-    """The look of the course's figures inside `with style():`; settings are as before afterwards."""
+    """The look of the course's figures inside `with style():`; afterwards all is as before."""
     old = {k: mpl.rcParams[k] for k in _STYLE}
     mpl.rcParams.update(_STYLE)
     try: yield
-    finally: mpl.rcParams.update(old)   # these only: a notebook's backend, started inside, keeps its own
+    finally: mpl.rcParams.update(old)   # these only: a backend that started inside keeps its own
 
 if _kernel(): mpl.rcParams.update(_STYLE)
 
 # %% ../nbs/0_foundations/05_pictures.ipynb #5e23b538
 def panels(columns=1, rows=1, square=False, height=None, width=None, **kwargs):
-    """The axes of a new figure in the course's sizes: one, a row (columns,) or a grid (rows, columns).
+    """The axes of a new figure in the course's sizes: one, a row (columns,) or (rows, columns).
 
-    `square`: for planes; `height` of a row and `width` of the figure in inches, where the content asks
-    for it; `kwargs` as in `plt.subplots`, for example `sharey=True`.
+    `square`: for planes; `height` of a row and `width` of the figure in inches, where the content
+    asks for it; `kwargs` as in `plt.subplots`, for example `sharey=True`.
     """
     if width is None: width = PAGE if columns > 1 else 5.
     each = width / columns
-    if square: each = min(each, 3.6)
+    if square: each = min(each, 3.2)
     if height is None: height = each if square else min(3., .9 + .5 * each)
     with style():
         size = (each * columns, height * rows)
@@ -104,63 +105,87 @@ def _axes(ax, width=5., height=3., bare=False):
 def _array(x): return x.detach().cpu().numpy() if hasattr(x, 'detach') else np.asarray(x)
 
 def _images(x):
-    "(n, h, w) or (n, c, h, w), uint8 or float in [0, 1] -> (n, h, w, 3) floats in [0, 1], and a note where values were clipped."
+    """Images as (n, h, w, 3) floats in [0, 1], and a note where values were clipped."""
     x = _array(x)
     if x.ndim == 3: x = x[:, None]
     if x.ndim != 4 or x.shape[1] not in (1, 3) or 0 in x.shape:
-        raise ValueError(f'images must be (n, h, w) or (n, c, h, w) with 1 or 3 channels, at least one; found shape {x.shape}')
-    if len(x) > 400: raise ValueError(f'{len(x)} images are too many for one picture: pass some of them, for example x[:40]')
+        what = 'images must be (n, h, w) or (n, c, h, w) with 1 or 3 channels, at least one'
+        raise ValueError(f'{what}; got shape {x.shape}')
+    if len(x) > 400: raise ValueError(f'images must be 400 or fewer, as x[:40]; got {len(x)}')
     if x.dtype == np.uint8: x = x / 255
-    elif x.dtype.kind not in 'fb': raise ValueError(f'images must be uint8 or float in [0, 1]; found {x.dtype}')
+    elif x.dtype.kind not in 'fb':
+        raise ValueError(f'images must be uint8 or float in [0, 1]; got {x.dtype}')
     x = x.astype(float)
-    if not np.isfinite(x).all(): raise ValueError(f'{(~np.isfinite(x)).sum()} pixels are NaN or infinite')
+    _check_finite('images', x)
     low, high = x.min(), x.max()
-    note = f'values from {low:.2g} to {high:.2g}, clipped to [0, 1]' if low < -1e-3 or high > 1 + 1e-3 else ''
+    wide = low < -1e-3 or high > 1 + 1e-3
+    note = f'values from {low:.2g} to {high:.2g}, clipped to [0, 1]' if wide else ''
     return np.clip(x, 0, 1).transpose(0, 2, 3, 1) * np.ones(3), note   # (n, h, w, 3)
+
+def _check_finite(name, x):
+    wrong = (~np.isfinite(x)).sum()
+    if wrong: raise ValueError(f'{name} must be finite; got {wrong} pixels NaN or infinite')
 
 # %% ../nbs/0_foundations/05_pictures.ipynb #00000017
 def _mosaic(tiles, columns, head=0., fill=1., every=True):
-    "Tiles (n, h, w, ...) on one canvas, row by row, and the (left, top) corner of each; `head`: space above every (or the first) row, in tile heights."
+    """Tiles (n, h, w, ...) on one canvas, row by row, and the (left, top) corner of each.
+
+    `head`: space above every (or only the first) row, in heights of a tile.
+    """
     n, h, w = tiles.shape[:3]
     gap, head = max(1, round(.06 * w)), int(np.ceil(head * h))
-    down, right = h + gap + head * every, w + gap
-    canvas = np.full((-(-n // columns) * down + gap + head * (not every), columns * right + gap, *tiles.shape[3:]), fill)
+    down, right, rows = h + gap + head * every, w + gap, -(-n // columns)
+    size = rows * down + gap + head * (not every), columns * right + gap
+    canvas = np.full((*size, *tiles.shape[3:]), fill)
     corners = [(gap + i % columns * right, gap + head + i // columns * down) for i in range(n)]
     for (left, top), tile in zip(corners, tiles): canvas[top:top + h, left:left + w] = tile
     return canvas, corners
 
 # %% ../nbs/0_foundations/05_pictures.ipynb #0000001a
 def _card(width, height, left=0., bottom=0.):
-    "The axes of a new figure, `width` x `height` inches exactly, with margins for text: pictures must not shrink to fit their labels."
+    """The axes of a new figure of exactly so many inches, and margins for text around them."""
     w, h = width + left + .1, height + bottom + .1
-    return plt.figure(figsize=(w, h), layout='none').add_axes((left / w, bottom / h, width / w, height / h))
+    place = left / w, bottom / h, width / w, height / h
+    return plt.figure(figsize=(w, h), layout='none').add_axes(place)
 
 def _check_length(name, values, n):
-    if values is not None and len(values) != n: raise ValueError(f'{name} has {len(values)} entries for {n} images')
+    if values is None or len(values) == n: return
+    raise ValueError(f'{name} must have an entry for each of the {n} images; got {len(values)}')
 
+def _note(ax, text, at, by, **look):
+    """A small text beside a place on the canvas, moved `by` points."""
+    ax.annotate(text, at, by, textcoords='offset points', size=SMALL, **look)
+
+# %% ../nbs/0_foundations/05_pictures.ipynb #f6653f61
 def _draw_tiles(tiles, columns, size, titles=None, marks=None, note='', ax=None, rows=None):
-    "The tiles (n, h, w, 3) as a grid with titles above, frames around marked ones, a note below and names of the rows."
+    """The tiles (n, h, w, 3) in a grid: titles above, marked ones framed, names of the rows."""
     n, h, w = tiles.shape[:3]
-    canvas, corners = _mosaic(tiles, columns, head=0 if titles is None else .22 / (size * h / w), every=rows is None)
-    dots = size * mpl.rcParams['figure.dpi'] / w               # on the screen, for a pixel of the image
-    dots = round(dots) if dots > 1 else dots                   # a whole number keeps pixels square and sharp
-    if ax is None: ax = _card(*np.array(canvas.shape[1::-1]) * dots / mpl.rcParams['figure.dpi'], left=1.2 if rows else 0, bottom=.22 if note else 0)
+    head = 0 if titles is None else .22 / (size * h / w)
+    canvas, corners = _mosaic(tiles, columns, head, every=rows is None)
+    dpi = mpl.rcParams['figure.dpi']
+    dots = size * dpi / w                              # on the screen, for a pixel of the image
+    if dots > 1: dots = round(dots)                    # a whole number keeps pixels square, sharp
+    margins = dict(left=1.2 if rows else 0, bottom=.22 if note else 0)
+    if ax is None: ax = _card(*np.array(canvas.shape[1::-1]) * dots / dpi, **margins)
     _axes(ax, bare=True).imshow(canvas, interpolation='nearest' if dots >= 1 else 'antialiased')
     for i, (left, top) in enumerate(corners):
         mark = marks is not None and marks[i]
-        ax.add_patch(Rectangle((left - .5, top - .5), w, h, fill=False, ec=ANOMALY if mark else FAINT, lw=3 if mark else .5))
-        if titles is not None and i < len(titles): ax.annotate(f'{titles[i]}', (left + w/2 - .5, top - .5), (0, 3), textcoords='offset points', ha='center', size=SMALL)
+        look = dict(ec=ANOMALY, lw=3) if mark else dict(ec=FAINT, lw=.5)
+        ax.add_patch(Rectangle((left - .5, top - .5), w, h, fill=False, **look))
+        if titles is not None and i < len(titles):
+            _note(ax, f'{titles[i]}', (left + w/2 - .5, top - .5), (0, 3), ha='center')
     for (left, top), text in zip(corners[::columns], rows or []):
-        ax.annotate(text, (left - .5, top + h/2), (-6, 0), textcoords='offset points', ha='right', va='center', size=SMALL)
-    if note: ax.annotate(note, (0, 0), (0, -3), xycoords='axes fraction', textcoords='offset points', va='top', size=SMALL)
+        _note(ax, text, (left - .5, top + h/2), (-6, 0), ha='right', va='center')
+    if note: _note(ax, note, (0, 0), (0, -3), xycoords='axes fraction', va='top')
     return ax
 
 # %% ../nbs/0_foundations/05_pictures.ipynb #0000001b
 @style()
 def show_images(x, titles=None, columns=8, size=.9, marks=None, ax=None):
-    """Images in a grid, each `size` inches wide; a dark frame marks those with `marks` = 1 (anomalies).
+    """Images in a grid, each `size` inches wide; a dark frame for `marks` = 1 (anomalies).
 
-    `x`: (n, h, w) or (n, c, h, w), 1 or 3 channels, uint8 or float in [0, 1]; `titles`, `marks`: one for each image.
+    `x`: (n, h, w) or (n, c, h, w), 1 or 3 channels, uint8 or float in [0, 1]; `titles` and `marks`:
+    one for each image. Raises ValueError for other shapes, types, or values that are not finite.
     """
     tiles, note = _images(x)
     _check_length('titles', titles, len(tiles))
@@ -168,120 +193,153 @@ def show_images(x, titles=None, columns=8, size=.9, marks=None, ax=None):
     return _draw_tiles(tiles, min(columns, len(tiles)), size, titles, marks, note, ax)
 
 # %% ../nbs/0_foundations/05_pictures.ipynb #00000023
+def _heat(values, low, high):
+    """Colors (..., 3) of scores: light at `low`, dark at `high`."""
+    return plt.get_cmap(HEAT)((values - low) / np.maximum(high - low, 1e-12))[..., :3]
+
 @style()
-def show_reconstructions(x, xhat, scores=None, y=None, size=0.8, ax=None):
-    """Rows: image, reconstruction, |difference| on one common scale. A score is a column's title, a frame an anomaly (`y` = 1).
+def show_reconstructions(x, xhat, scores=None, y=None, size=.8, ax=None):
+    """Rows: image, reconstruction, |difference| on one scale; a score is a column's title.
 
     `x`, `xhat`: (n, h, w) or (n, c, h, w) of one shape; the difference is the mean over channels.
+    `scores`: (n,); `y`: (n,), a frame for each anomaly (1). Raises ValueError for other shapes.
     """
     (a, note_a), (b, note_b) = _images(x), _images(xhat)
-    if a.shape != b.shape: raise ValueError(f'x and xhat must have one shape; found {_array(x).shape} and {_array(xhat).shape}')
-    n, h, w, _ = a.shape
+    shapes = _array(x).shape, _array(xhat).shape
+    if a.shape != b.shape: raise ValueError(f'x and xhat must have one shape; got {shapes}')
+    n = len(a)
     _check_length('scores', scores, n); _check_length('y', y, n)
-    error = np.abs(a - b).mean(-1)                                      # (n, h, w)
-    heat = plt.get_cmap(HEAT)(error / max(error.max(), 1e-12))[..., :3]   # (n, h, w, 3)
-    note = f'|difference|: lightest = 0, darkest = {error.max():.2g}' + ''.join(f'; {t}: {v}' for t, v in (('x', note_a), ('xhat', note_b)) if v)
+    error = np.abs(a - b).mean(-1)                                        # (n, h, w)
+    tiles = np.concatenate([a, b, _heat(error, 0, error.max())])          # (3 n, h, w, 3)
+    clipped = [f'{name}: {note}' for name, note in (('x', note_a), ('xhat', note_b)) if note]
+    note = '; '.join([f'|difference|: lightest = 0, darkest = {error.max():.2g}', *clipped])
     titles = None if scores is None else [f'{s:.2g}' for s in scores]
     marks = None if y is None else [*y] + [0] * 2 * n
-    return _draw_tiles(np.concatenate([a, b, heat]), n, size, titles, marks, note, ax, rows=('image', 'reconstruction', '|difference|'))
+    rows = 'image', 'reconstruction', '|difference|'
+    return _draw_tiles(tiles, n, size, titles, marks, note, ax, rows)
 
 # %% ../nbs/0_foundations/05_pictures.ipynb #00000028
+def _check_scores(scores, y, log):
+    """Scores (n,) and labels as arrays, and whether their axis is logarithmic."""
+    scores, y = _array(scores).astype(float), None if y is None else _array(y)
+    if scores.ndim != 1 or len(scores) == 0 or not np.isfinite(scores).all():
+        raise ValueError(f'scores must be (n,), finite, at least one; got shape {scores.shape}')
+    if y is not None: _check_length('y', y, len(scores))
+    if log is None: log = bool(scores.min() > 0 and scores.max() > 50 * np.median(scores))
+    if log and scores.min() <= 0:
+        raise ValueError(f'scores must be positive for a logarithmic axis; got {scores.min():.3g}')
+    return scores, y, log
+
 @style()
 def score_histogram(scores, y=None, threshold=None, bins=40, log=None, ax=None):
-    """Histogram of scores: normal against anomaly where `y` (n,) is given, with the threshold as a labelled line.
+    """Histogram of scores: normal against anomaly where `y` (n,) is given, the threshold as a line.
 
-    Each group is drawn as a share of itself. `threshold`: a number, or a fitted detector. `log`: logarithmic score axis;
-    None chooses it where all scores are positive and the largest exceeds 50 medians.
+    Each group is drawn as a share of itself. `threshold`: a number, or a fitted detector. `log`:
+    logarithmic axis; None chooses it where all are positive and the largest exceeds 50 medians.
     """
-    scores = _array(scores).astype(float)
-    y = None if y is None else _array(y)
-    if scores.ndim != 1 or len(scores) == 0 or not np.isfinite(scores).all(): raise ValueError(f'scores must be (n,), finite, at least one; found shape {scores.shape}')
-    if y is not None: _check_length('y', y, len(scores))
+    scores, y, log = _check_scores(scores, y, log)
     threshold = getattr(threshold, 'threshold_', threshold)
-    if log is None: log = bool(scores.min() > 0 and scores.max() > 50 * np.median(scores))
-    if log and scores.min() <= 0: raise ValueError(f'a logarithmic axis needs positive scores; the smallest is {scores.min():.3g}')
     edges = np.histogram_bin_edges(np.log10(scores) if log else scores, bins)
     edges = 10**edges if log else edges
     ax = _axes(ax)
-    groups = [('images', scores, 0)] if y is None else [(t, scores[y == v], v) for t, v in (('normal', 0), ('anomaly', 1)) if (y == v).any()]
-    for text, s, v in groups:
+    light, dark = dict(fc=NORMAL, ec=NORMAL, alpha=.8), dict(fc='none', ec=ANOMALY, hatch='////')
+    groups = [('images', 0, light)] if y is None else [('normal', 0, light), ('anomaly', 1, dark)]
+    for name, v, look in groups:
+        s = scores if y is None else scores[y == v]
+        if not len(s): continue
         above = '' if threshold is None else f', {(s > threshold).mean():.0%} above'
-        ax.hist(np.clip(s, edges[0], edges[-1]), edges, weights=np.full(len(s), 1 / len(s)), histtype='stepfilled', label=f'{text} (n = {len(s)}{above})',
-                fc='none' if v else NORMAL, alpha=None if v else .8, ec=ANOMALY if v else NORMAL, hatch='////' if v else None, lw=1.4)
-    if threshold is not None and np.isfinite(threshold): ax.axvline(threshold, color=INK, ls='--', label=f'threshold {threshold:.3g}')
+        ax.hist(np.clip(s, edges[0], edges[-1]), edges, weights=np.full(len(s), 1 / len(s)),
+                histtype='stepfilled', lw=1.4, label=f'{name} (n = {len(s)}{above})', **look)
+    if threshold is not None and np.isfinite(threshold):
+        ax.axvline(threshold, color=INK, ls='--', label=f'threshold {threshold:.3g}')
     if log: ax.set_xscale('log')
-    ax.set(xlabel='score (log scale)' if log else 'score', ylabel='share of the group', ylim=(0, None))
+    ax.set(xlabel='score (log scale)' if log else 'score', ylabel='share of the group')
+    ax.set_ylim(0, None)
     ax.legend()
     return ax
 
 # %% ../nbs/0_foundations/05_pictures.ipynb #0000002e
 def _methods(y, scores, label, metric, name):
-    "(text for the legend, scores, color, line style) for one array of scores or for each entry of a dict."
+    """(text for the legend, scores, color, line) of an array of scores, or each of a dict."""
     named = scores if isinstance(scores, Mapping) else {label or '': scores}
-    if not named: raise ValueError('scores is an empty dict: there is nothing to draw')
+    if not named: raise ValueError('scores must hold something to draw; got an empty dict')
     for i, (k, s) in enumerate(named.items()):
         s = _array(s)
         yield f'{k} {name} {metric(_array(y), s):.3f}'.strip(), s, *LINES[i % len(LINES)]
 
-def _unit_square(ax, xlabel, ylabel):
+def _unit_square(ax, xlabel, ylabel, corner):
+    """Names, the whole unit square, and a legend in a corner of it."""
     ax.set(xlabel=xlabel, ylabel=ylabel, xlim=(-.01, 1.01), ylim=(-.01, 1.02), aspect='equal')
-    ax.legend(loc='lower left' if ylabel == 'precision' else 'lower right', frameon=True, framealpha=.9, edgecolor='none')
+    ax.legend(loc=corner, frameon=True, framealpha=.9, edgecolor='none')
     return ax
 
 # %% ../nbs/0_foundations/05_pictures.ipynb #0000002f
 @style()
 def roc_curve(y, scores, label=None, ax=None):
-    """Receiver operating characteristic with AUROC in the legend. `scores`: (n,), or a dict name -> (n,) to compare detectors."""
+    """Receiver operating characteristic, with AUROC; `scores`: (n,), or a dict name -> (n,)."""
+    drawn = [*_methods(y, scores, label, auroc, 'AUROC')]
     ax = _axes(ax, 3.6, 3.6)
-    for text, s, color, line in _methods(y, scores, label, auroc, 'AUROC'):
+    for text, s, color, line in drawn:
         fpr, recall, _ = roc_points(*check_scores(_array(y), s))
         ax.plot(fpr, recall, color=color, ls=line, label=text)
     ax.plot([0, 1], [0, 1], color=FAINT, lw=1, label='chance .5')
-    return _unit_square(ax, 'false-positive rate', 'recall (true-positive rate)')
+    return _unit_square(ax, 'false-positive rate', 'recall (true-positive rate)', 'lower right')
 
 # %% ../nbs/0_foundations/05_pictures.ipynb #00000030
 @style()
 def pr_curve(y, scores, label=None, ax=None):
-    """Precision over recall with AP in the legend, and the base rate as a line. `scores`: (n,), or a dict name -> (n,)."""
+    """Precision over recall with AP, and the base rate as a line; `scores`: as in `roc_curve`."""
+    drawn = [*_methods(y, scores, label, average_precision, 'AP')]
     ax = _axes(ax, 3.6, 3.6)
-    for text, s, color, line in _methods(y, scores, label, average_precision, 'AP'):
+    for text, s, color, line in drawn:
         precision, recall, _ = precision_recall_curve(*check_scores(_array(y), s))
         ax.step(recall, precision, where='post', color=color, ls=line, label=text)
     base = _array(y).mean()
     ax.axhline(base, color=FAINT, lw=1, label=f'base rate {base:.3f}')
-    return _unit_square(ax, 'recall', 'precision')
+    return _unit_square(ax, 'recall', 'precision', 'lower left')
 
 # %% ../nbs/0_foundations/05_pictures.ipynb #00000035
 def _plane(codes):
-    "Codes (n, d) as points (n, 2) with a name for each axis; more than 2 dimensions are projected by PCA, 1 gets height 0."
+    """Codes (n, d) as points (n, 2), by PCA above 2 dimensions, and the names of the two axes."""
     n, d = codes.shape
     if d == 1: return np.c_[codes, np.zeros(n)], ['code', '(one dimension: no height)']
     if d == 2: return codes, ['code 1', 'code 2']
     centered = codes - codes.mean(0)
     u, s, _ = np.linalg.svd(centered, full_matrices=False)
     share = s**2 / max((s**2).sum(), 1e-30)
-    return u[:, :2] * s[:2], [f'PCA {i + 1} of {d} dimensions ({share[i]:.0%} of variance)' for i in range(2)]
+    names = [f'PCA {i + 1} of {d} dimensions ({share[i]:.0%} of variance)' for i in range(2)]
+    return u[:, :2] * s[:2], names
 
 # %% ../nbs/0_foundations/05_pictures.ipynb #00000036
+def _marker(i, bad, kinds, mixed):
+    """Color and marker of group `i`: anomalies dark, normal ones light, a marker for each kind."""
+    if bad: return ANOMALY, 'xv^*+Ps1'[i % 8]
+    color = NORMAL if not kinds or mixed else LINES[i % len(LINES)][0]
+    return color, 'osDv^<>Ph*'[i % 10] if kinds else 'o'
+
 @style()
 def latent_scatter(codes, y=None, kinds=None, ax=None):
-    """Codes as dots in a plane: normal light circles, anomalies dark crosses, with a marker for each kind where `kinds` is given.
+    """Codes as dots in a plane: normal light circles, anomalies dark crosses, kinds by marker.
 
-    `codes`: (n, d) or (n, c, h, w); above 2 dimensions projected by PCA, and the axes say so. `y`: (n,). `kinds`: (n,) names.
+    `codes`: (n, d) or (n, c, h, w); above 2 dimensions projected by PCA, and the axes say so.
+    `y`: (n,), 1 = anomaly. `kinds`: (n,) names.
     """
     codes = _array(codes).astype(float)
     codes = codes.reshape(len(codes), -1)
-    if len(codes) < 3 or not np.isfinite(codes).all(): raise ValueError(f'codes must be (n, d), finite, with at least 3 images; found {codes.shape}')
+    if len(codes) < 3 or not np.isfinite(codes).all():
+        raise ValueError(f'codes must be (n, d), finite, with at least 3 images; got {codes.shape}')
     for name, values in (('y', y), ('kinds', kinds)): _check_length(name, values, len(codes))
     points, names = _plane(codes)
-    y = np.zeros(len(codes), int) if y is None and kinds is not None else y if y is None else _array(y)
-    group = np.full(len(codes), 'images') if y is None and kinds is None else np.where(y == 1, 'anomaly', 'normal') if kinds is None else np.asarray(kinds).astype(str)
+    bad = np.zeros(len(codes), bool) if y is None else _array(y) == 1
+    group = np.where(bad, 'anomaly', 'images' if y is None else 'normal')
+    if kinds is not None: group = np.asarray(kinds).astype(str)
     ax = _axes(ax, 6., 3.2)
     for i, k in enumerate(dict.fromkeys(group)):
-        bad = y is not None and (y[group == k] == 1).any()
-        color, marker = (ANOMALY, 'xv^*+Ps1'[i % 8]) if bad else (NORMAL if kinds is None or (y == 1).any() else LINES[i % 6][0], 'osDv^<>Ph*'[i % 10] if kinds is not None else 'o')
-        edge = {} if marker in 'x+1' else {'ec': 'white', 'linewidths': .4}
-        ax.scatter(*points[group == k].T, s=26, c=color, marker=marker, label=f'{k} (n = {(group == k).sum()})', **edge)
+        here = group == k
+        color, marker = _marker(i, bad[here].any(), kinds is not None, bad.any())
+        edge = {} if marker in 'x+1' else dict(ec='white', linewidths=.4)
+        label = f'{k} (n = {here.sum()})'
+        ax.scatter(*points[here].T, s=26, c=color, marker=marker, label=label, **edge)
     ax.set(xlabel=names[0], ylabel=names[1])
     if len(set(group)) > 1: ax.legend(loc='center left', bbox_to_anchor=(1, .5))
     return ax
@@ -293,7 +351,7 @@ def _plane_ticks(extent, shape):
     return np.linspace(left, right, shape[1]), np.linspace(bottom, top, shape[0])
 
 def _field(score, extent, steps):
-    """Scores (h, w) over a plane: a detector's, a function's of points (n, 2), or as they are given."""
+    """Scores (h, w) over a plane: of a detector, of a function of points (n, 2), or as given."""
     if not (callable(score) or hasattr(score, 'decision_function')): field = _array(score)
     else:
         xs, ys = _plane_ticks(extent, (steps, steps))
@@ -301,18 +359,22 @@ def _field(score, extent, steps):
         seen = hasattr(score, 'decision_function')
         field = score.decision_function(points[:, None, None]) if seen else score(points)
         field = _array(field).reshape(steps, steps)
-    if field.ndim == 2 and min(field.shape) > 1 and np.isfinite(field).all(): return field.astype(float)
-    what = 'a detector, a function of points (n, 2) or an array (rows, columns), with finite values'
-    raise ValueError(f'score must be {what}; got shape {field.shape}')
+    what = 'a detector, a function of points (n, 2) or an array (rows, columns)'
+    if field.ndim != 2 or min(field.shape) < 2:
+        raise ValueError(f'score must be {what}; got shape {field.shape}')
+    wrong = (~np.isfinite(field)).sum()
+    if wrong: raise ValueError(f'scores must be finite all over the plane; got {wrong} others')
+    return field.astype(float)
 
 # %% ../nbs/0_foundations/05_pictures.ipynb #4a134bc9
 def _shades(field, scale):
     """A field on [0, 1], as it is colored: ranks in the plane, or values between two ends."""
-    if isinstance(scale, str) and scale == 'ranks': return rankdata(field).reshape(field.shape) / field.size
-    ends = (field.min(), field.max()) if isinstance(scale, str) and scale == 'values' else scale
-    if isinstance(ends, str) or np.shape(ends) != (2,) or not ends[0] <= ends[1]:
+    if isinstance(scale, str):
+        if scale == 'ranks': return rankdata(field).reshape(field.shape) / field.size
+        if scale == 'values': scale = field.min(), field.max()
+    if isinstance(scale, str) or np.shape(scale) != (2,) or not scale[0] <= scale[1]:
         raise ValueError(f"scale must be 'ranks', 'values' or (low, high); got {scale!r}")
-    return np.clip((field - ends[0]) / max(ends[1] - ends[0], 1e-12), 0, 1)
+    return np.clip((field - scale[0]) / max(scale[1] - scale[0], 1e-12), 0, 1)
 
 def _check_points(name, points):
     """Points as (n, 2), or None; images of two pixels are points, too."""
@@ -322,7 +384,7 @@ def _check_points(name, points):
     raise ValueError(f'{name} must be (n, 2), or images of two pixels; got {points.shape}')
 
 def _extent(score, *points):
-    """(left, right, bottom, top): the unit square for a detector of images, or around the points."""
+    """(left, right, bottom, top): the unit square for a detector, else around the points."""
     known = [p for p in points if p is not None]
     if hasattr(score, 'decision_function') or not known: return 0, 1, 0, 1
     low, high = np.concatenate(known).min(0), np.concatenate(known).max(0)
@@ -330,21 +392,22 @@ def _extent(score, *points):
     return low[0] - margin, high[0] + margin, low[1] - margin, high[1] + margin
 
 # %% ../nbs/0_foundations/05_pictures.ipynb #ca786d48
-_HALO = [withStroke(linewidth=3., foreground='white')]    # a sign stays visible on the darkest ground
+_HALO = [withStroke(linewidth=3., foreground='white')]   # a sign stays visible on dark ground
 
 def _draw_points(ax, points, y, marked, center, radius):
-    """Normal points blue, anomalies dark crosses, marked ones open diamonds; center and circle in ink."""
+    """Points: normal blue, anomalies as dark crosses, marked as diamonds; center and circle."""
     if points is not None:
         bad = np.zeros(len(points), bool) if y is None else _array(y).reshape(-1) == 1
         ax.scatter(*points[~bad].T, s=10, c=NORMAL, lw=0, zorder=3)
-        ax.scatter(*points[bad].T, s=30, c=ANOMALY, marker='x', lw=1.6, zorder=4, path_effects=_HALO)
+        cross = dict(marker='x', s=30, lw=1.6, path_effects=_HALO)
+        ax.scatter(*points[bad].T, c=ANOMALY, zorder=4, **cross)
     if marked is not None:
         ax.scatter(*marked.T, s=16, fc='white', ec=INK, marker='D', lw=1.1, zorder=4)
-    if center is not None:
-        ax.plot(*np.ravel(center), marker='+', ms=11, mew=2, color=INK, zorder=5, path_effects=_HALO)
-    if radius is not None:
-        ring = Circle(np.ravel(center), radius, fill=False, ec=INK, lw=1.6, ls='--', path_effects=_HALO)
-        ax.add_patch(ring)
+    if center is None: return
+    at, ink = np.ravel(_array(center)), dict(color=INK, path_effects=_HALO)
+    ax.plot(*at, marker='+', ms=11, mew=2, zorder=5, **ink)
+    if radius is None: return
+    ax.add_patch(Circle(at, float(radius), fill=False, lw=1.6, ls='--', **ink))
 
 def _draw_levels(ax, ticks, field, level):
     """The lines on which a field has a value; a value that it never takes has none."""
@@ -358,15 +421,16 @@ def show_plane(score, points=None, y=None, level=None, marked=None, center=None,
                scale='ranks', extent=None, steps=80, ax=None):
     """A score over a plane, dark = anomalous, its boundary as a line, and points on it.
 
-    `score`: a detector of images (n, 1, 1, 2), a function of points (n, 2), an array (rows, columns)
-    from the bottom up, or None for the points alone. `points` (n, 2), those with `y` = 1 as crosses;
-    `marked` (m, 2) as diamonds. `level`: values with a line, by default the detector's `threshold_`.
-    `center` (2,) and `radius` draw a circle. `scale`: 'ranks', 'values' or (low, high).
-    `extent`: (left, right, bottom, top), by default [0, 1] x [0, 1] for a detector, else around the points.
+    `score`: a detector of images (n, 1, 1, 2), a function of points (n, 2), an array (lowest row
+    first), or None for points alone. `points`: (n, 2), those with `y` = 1 as crosses; `marked`:
+    (m, 2), as diamonds. `level`: scores with a line, by default a detector's `threshold_`.
+    `center` (2,), `radius`: a circle. `scale`: 'ranks', 'values' or (low, high). `extent`:
+    (left, right, bottom, top), by default the unit square for a detector, else around the points.
     """
     points, marked = _check_points('points', points), _check_points('marked', marked)
     if points is not None: _check_length('y', y, len(points))
-    if radius is not None and center is None: raise ValueError('a circle must have a center; got None')
+    if radius is not None and center is None:
+        raise ValueError('a circle must have a center; got a radius alone')
     if extent is None: extent = _extent(score, points, marked)
     field = None if score is None else _field(score, extent, steps)
     shades = None if score is None else _shades(field, scale)
@@ -383,56 +447,71 @@ def show_plane(score, points=None, y=None, level=None, marked=None, center=None,
 
 # %% ../nbs/0_foundations/05_pictures.ipynb #0000003c
 def _outline(ax, canvas, line):
-    "The border of the 0/1 canvas, dark with a white halo, along pixel edges."
-    k = max(1, 1500 // canvas.shape[1])                    # finer than a pixel, so that corners stay square
+    """The border of the 0/1 canvas, dark with a white halo, along the edges of pixels."""
+    k = max(1, 1500 // canvas.shape[1])               # finer than a pixel: corners stay square
     fine = np.kron(canvas, np.ones((k, k)))
     (h, w), at = canvas.shape, lambda n: (np.arange(n * k) + .5) / k - .5
-    for color, width, style_ in (('white', 2.4, '-'), (INK, 1.1, line)):
-        ax.contour(at(w), at(h), fine, [.5], colors=color, linewidths=width, linestyles=[style_])
+    for color, width, dashes in (('white', 2.4, '-'), (INK, 1.1, line)):
+        ax.contour(at(w), at(h), fine, [.5], colors=color, linewidths=width, linestyles=[dashes])
 
 # %% ../nbs/0_foundations/05_pictures.ipynb #0000003d
-@style()
-def show_maps(x, maps, masks=None, threshold=None, scale='common', size=1.0, ax=None):
-    """Images above, their anomaly maps as heat below, with true masks (solid line) and the area above `threshold` (dashed).
-
-    `x`: (n, h, w) or (n, c, h, w); `maps`: (n, h, w), or a detector with `anomaly_map`; `masks`: (n, h, w).
-    `scale`: 'common' (one color scale, stated) or 'image' (one for each image: comparisons between images mean nothing).
-    """
-    tiles, note = _images(x)
-    n, h, w, _ = tiles.shape
+def _check_maps(x, maps, masks, scale, shape):
+    """Maps (of a detector, or given) and masks as arrays of the images' shape."""
     maps = _array(maps.anomaly_map(x) if hasattr(maps, 'anomaly_map') else maps).astype(float)
     masks = None if masks is None else _array(masks) > 0
     for name, m in (('maps', maps), ('masks', masks)):
-        if m is not None and m.shape != (n, h, w): raise ValueError(f'{name} must be {(n, h, w)} to fit the images; found {m.shape}')
-    if not np.isfinite(maps).all(): raise ValueError(f'{(~np.isfinite(maps)).sum()} pixels of the maps are NaN or infinite')
-    if scale not in ('common', 'image'): raise ValueError(f"scale must be 'common' or 'image'; found {scale!r}")
+        if m is None or m.shape == shape: continue
+        raise ValueError(f'{name} must be {shape} to fit the images; got {m.shape}')
+    _check_finite('maps', maps)
+    if scale in ('common', 'image'): return maps, masks
+    raise ValueError(f"scale must be 'common' or 'image'; got {scale!r}")
+
+@style()
+def show_maps(x, maps, masks=None, threshold=None, scale='common', size=1.0, ax=None):
+    """Images above, maps as heat below; true masks as solid lines, above `threshold` dashed.
+
+    `x`: (n, h, w) or (n, c, h, w); `maps`: (n, h, w), or a detector with `anomaly_map`; `masks`:
+    (n, h, w). `scale`: 'common' (one color scale, stated) or 'image' (one for each image:
+    comparisons between images then mean nothing).
+    """
+    tiles, note = _images(x)
+    maps, masks = _check_maps(x, maps, masks, scale, tiles.shape[:3])
     axis = None if scale == 'common' else (1, 2)
     low, high = maps.min(axis, keepdims=True), maps.max(axis, keepdims=True)
-    heat = plt.get_cmap(HEAT)((maps - low) / np.maximum(high - low, 1e-12))[..., :3]          # (n, h, w, 3)
-    heat = .8 * heat + .2 * tiles.mean(-1, keepdims=True)                                     # the image shines through
-    ax = _draw_tiles(np.concatenate([tiles, heat]), n, size, note=_legend(masks, threshold, note), ax=ax)
-    twice = lambda m: _mosaic(np.concatenate([m[0], m[1]]).astype(float), n, fill=0.)[0]
-    if masks is not None and masks.any(): _outline(ax, twice((masks, masks)), '-')
-    if threshold is not None and (maps > threshold).any(): _outline(ax, twice((0 * maps, maps > threshold)), (0, (2, 1.2)))
-    if scale == 'common':
-        bar = ax.figure.colorbar(ScalarMappable(Normalize(low.min(), high.max()), HEAT), cax=ax.inset_axes((1.02, .1, .025, .8)))
-        bar.set_label('score, one scale for all', size=SMALL); bar.ax.tick_params(labelsize=SMALL)
+    shining = .8 * _heat(maps, low, high) + .2 * tiles.mean(-1, keepdims=True)   # through the heat
+    rows, note = np.concatenate([tiles, shining]), _legend(masks, threshold, note)
+    ax = _draw_tiles(rows, len(tiles), size, note=note, ax=ax)
+    def outline(above, below, line):
+        both = np.concatenate([above, below]).astype(float)
+        _outline(ax, _mosaic(both, len(tiles), fill=0.)[0], line)
+    if masks is not None and masks.any(): outline(masks, masks, '-')
+    over = maps > (np.inf if threshold is None else threshold)
+    if over.any(): outline(0 * maps, over, (0, (2, 1.2)))
+    if scale == 'common': _color_bar(ax, low.min(), high.max())
     else: ax.set_title('each image has its own color scale')
     return ax
 
 # %% ../nbs/0_foundations/05_pictures.ipynb #0000003e
 def _legend(masks, threshold, note):
-    "What the lines of `show_maps` mean, in words."
+    """What the lines of `show_maps` mean, in words."""
     parts = ['solid line: true defect'] if masks is not None else []
     if threshold is not None: parts.append(f'dashed line: score above {threshold:.3g}')
     return '; '.join(parts + [note] * bool(note))
 
+def _color_bar(ax, low, high):
+    """The scale of the heat, beside the picture."""
+    scale = ScalarMappable(Normalize(low, high), HEAT)
+    bar = ax.figure.colorbar(scale, cax=ax.inset_axes((1.02, .1, .025, .8)))
+    bar.set_label('score, one scale for all', size=SMALL)
+    bar.ax.tick_params(labelsize=SMALL)
+
 # %% ../nbs/0_foundations/05_pictures.ipynb #00000046
 def _terms(history):
-    "(name, values, thick) for each line: the terms, and their sum within a phase (`phase/term`); `seconds` is no loss."
+    """(name, values, thick) for each line: the terms, and their sum in a phase (`phase/term`)."""
     phases = {}
     for k, v in history.items():
-        if k != 'seconds': phases.setdefault(k.rpartition('/')[0], {})[k] = np.asarray(v, float)
+        if k == 'seconds': continue                    # no loss
+        phases.setdefault(k.rpartition('/')[0], {})[k] = np.asarray(v, float)
     for phase, terms in phases.items():
         totals = [k for k in terms if k.rpartition('/')[2] in ('loss', 'total')]
         if not totals and len(terms) > 1 and len({len(v) for v in terms.values()}) == 1:
@@ -440,24 +519,29 @@ def _terms(history):
         for k, v in terms.items(): yield k, v, k in totals or len(terms) == 1
 
 # %% ../nbs/0_foundations/05_pictures.ipynb #00000047
+def _broken(lines):
+    """A sentence for each term that stops being finite."""
+    ends = [(k, np.flatnonzero(~np.isfinite(v))) for k, v, _ in lines]
+    return '\n'.join(f'{k} is not finite from epoch {at[0] + 1}' for k, at in ends if len(at))
+
 @style()
 def training_curves(history, ax=None):
     """Every term of a loss over the epochs, and their sum as a thick line.
 
-    history: a dict term -> list with one float an epoch, or a fitted detector.
-    A term called `loss` or `total` is taken for the sum. Log axis where positive values span over 2 decades. Says where a term stopped being finite.
+    `history`: a dict term -> list with one float an epoch, or a fitted detector. A term `loss` or
+    `total` is taken for the sum. The axis is logarithmic where positive values span over 2 decades.
     """
     lines = list(_terms(getattr(history, 'history_', history)))
     epochs = max((len(v) for _, v, _ in lines), default=0)
-    if epochs == 0: raise ValueError('the history is empty: there are no training epochs to show')
+    if epochs == 0: raise ValueError('history must hold at least one epoch; got an empty one')
     values = np.concatenate([v[np.isfinite(v)] for _, v, _ in lines])
     log = bool(len(values) and values.min() > 0 and values.max() > 100 * values.min())
-    broken = [f'{k} is not finite from epoch {np.flatnonzero(~np.isfinite(v))[0] + 1}' for k, v, _ in lines if not np.isfinite(v).all()]
     ax = _axes(ax)
     for (color, line), (k, v, thick) in zip(LINES * len(lines), lines):
-        ax.plot(np.arange(1, len(v) + 1), v, color=color, ls=line, lw=2.6 if thick else 1.6, label=k, marker='o' if len(v) < 3 else None)
+        look = dict(color=color, ls=line, lw=2.6 if thick else 1.6)
+        ax.plot(np.arange(1, len(v) + 1), v, label=k, marker='o' if len(v) < 3 else None, **look)
     if log: ax.set_yscale('log')
-    ax.set(xlabel='epoch', ylabel='loss (log scale)' if log else 'loss', title='\n'.join(broken))
+    ax.set(xlabel='epoch', ylabel='loss (log scale)' if log else 'loss', title=_broken(lines))
     ax.set_xlim(1 - .05 * epochs, 1.05 * epochs)           # also where the last ones are not finite
     ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
     ax.legend()
@@ -479,12 +563,12 @@ def _read_losses(losses):
     """(turn, name, compared, moved) for each '1 name: compared, compared => moved, moved'."""
     for text in losses:
         parts = re.fullmatch(r'\s*(\d*)\s*([^:]+?)\s*:(.*?)=>(.*)', text)
-        if not parts: raise ValueError(f"a loss must read '1 name: a, b => moved, moved'; got {text!r}")
+        if not parts: raise ValueError(f"a loss must read '1 name: a, b => moved'; got {text!r}")
         yield parts[1], parts[2], _split(parts[3]), _split(parts[4])
 
 # %% ../nbs/0_foundations/05_pictures.ipynb #85379ac2
 def _label(name):
-    """A name as it is drawn: a letter (with ^, ' or _i) as mathematics, a long name on two lines."""
+    """A name as it is drawn: a letter (with ^, ' or _i) as mathematics, a long one on two lines."""
     if letter := re.fullmatch(r"([A-Za-z])(\^?)('*)(?:_(\w+))?", name):
         base = rf'\hat{{{letter[1]}}}' if letter[2] else letter[1]
         return f"${base}{letter[3]}{f'_{{{letter[4]}}}' if letter[4] else ''}$"
@@ -505,7 +589,8 @@ def _read_box(cell, labels):
     kind = _KINDS.get(cell[0] + cell[-1], 'data')
     name = cell if kind == 'data' else cell[1:-1].strip()
     if re.search(r'[][{}<>]', name) or not name:
-        raise ValueError(f'a cell must hold one name, [name], [name>, <name], (name) or {{name}}; got {cell!r}')
+        forms = 'name, [name], [name>, <name], (name) or {name}'
+        raise ValueError(f'a cell must hold one box, {forms}; got {cell!r}')
     text = labels.get(name, _label(name))
     more = dict(data=(.12, .14), loss=(.26, .16), network=(.26, .26)).get(kind, (.32, .26))
     w, h = np.add(_text_size(text), more)
@@ -519,9 +604,9 @@ def _read_grid(grid, labels):
         for j, cell in enumerate(row.split('|')):
             if not cell.strip(): continue
             box = _read_box(cell.strip(), labels)
-            if box.name in boxes: raise ValueError(f'a name must stand once in the grid; got {box.name!r} twice')
-            boxes[box.name] = box
-            box.row, box.column = i, j
+            name, box.row, box.column = box.name, i, j
+            if name not in boxes: boxes[name] = box
+            else: raise ValueError(f'a name must stand once in the grid; got {name!r} twice')
     if not boxes: raise ValueError('the grid must hold at least one box; got none')
     return boxes
 
@@ -532,7 +617,7 @@ def _spread(sizes, gap):
     return ends - np.array(sizes) / 2 - gap / 2, ends
 
 def _place(boxes):
-    """Gives each box its center and its edges in inches; returns the lanes, vertical and horizontal."""
+    """Gives each box its center and edges in inches; returns the lanes, upright and level."""
     columns, rows = (np.zeros(1 + max(getattr(b, k) for b in boxes)) for k in ('column', 'row'))
     for b in boxes:                          # a loss may reach into the gaps beside its column
         columns[b.column] = max(columns[b.column], b.w - .6 * (b.kind == 'loss'))
@@ -558,7 +643,8 @@ def _routes(a, b, lanes):
     """(cost, polyline) for the ways from box to box with at most two bends."""
     for (i, p, d), (j, q, e) in itertools.product(_ports(a), _ports(b)):
         bends = [[], [(q[0], p[1])] if d[0] else [(p[0], q[1])]]
-        bends += [[(k, p[1]), (k, q[1])] if d[0] else [(p[0], k), (q[0], k)] for k in lanes[not d[0]]]
+        if d[0]: bends += [[(k, p[1]), (k, q[1])] for k in lanes[0]]
+        else: bends += [[(p[0], k), (q[0], k)] for k in lanes[1]]
         for bend in bends:
             path = np.array([p, *bend, q])
             steps = np.diff(path, axis=0)
@@ -572,12 +658,12 @@ def _pieces(path):
     return [(*np.minimum(p, q), *np.maximum(p, q)) for p, q in zip(path, path[1:])]
 
 def _overlap(s, t, margin):
-    """How far two rectangles, grown by a margin, lie over each other along the longer side; else 0."""
+    """How far two rectangles, grown by a margin, lie over each other along a side; else 0."""
     w, h = (min(s[k + 2], t[k + 2]) - max(s[k], t[k]) + margin for k in (0, 1))
     return max(w, h) if w > 1e-6 and h > 1e-6 else 0.
 
 def _along(path, drawn, names):
-    """The cost of crossing earlier lines, and of running along them; less for lines of the same box."""
+    """The cost of crossing earlier lines, or running along them: less for lines of the same box."""
     meets = [(1 - .7 * bool(ends & names), _overlap(s, t, .07))
              for ends, old in drawn for t in _pieces(old) for s in _pieces(path)]
     return sum(.4 + share * 8 * max(0, far - .1) for share, far in meets if far)
@@ -587,12 +673,13 @@ def _route(a, b, boxes, drawn, lanes):
     best, least = None, np.inf
     for cost, path in sorted(_routes(a, b, lanes), key=lambda route: route[0]):
         if cost >= least: break
-        room = {a.name: -.02, b.name: -.02}
-        if any(_overlap(s, c.edges, room.get(c.name, .12)) for s in _pieces(path) for c in boxes): continue
+        room = [(c.edges, -.02 if c in (a, b) else .12) for c in boxes]
+        if any(_overlap(s, edges, by) for s in _pieces(path) for edges, by in room): continue
         cost += _along(path, drawn, {a.name, b.name})
         if cost < least: best, least = path, cost
     if best is not None: return best
-    raise ValueError(f'a line must find a way around the boxes; got none from {a.name!r} to {b.name!r}')
+    ends = f'{a.name!r} to {b.name!r}'
+    raise ValueError(f'a line must find a way around the boxes; got none from {ends}')
 
 # %% ../nbs/0_foundations/05_pictures.ipynb #a78a6628
 def _tint(color): return tuple(1 - .14 * (1 - np.array(mpl.colors.to_rgb(color))))
@@ -600,14 +687,15 @@ def _tint(color): return tuple(1 - .14 * (1 - np.array(mpl.colors.to_rgb(color))
 def _badge(ax, x, y, text, color, s):
     """A number in a disk: the turn of a loss, the order of a call."""
     ax.add_patch(Circle((x, y), .095, fc=color, ec='white', lw=.9 * s, zorder=6))
-    ax.text(x, y, text, color='white', size=8.5 * s, ha='center', va='center_baseline', weight='bold', zorder=7)
+    place = dict(ha='center', va='center_baseline', zorder=7)
+    ax.text(x, y, text, color='white', size=8.5 * s, weight='bold', **place)
 
 def _shape(b, **look):
     """The outline of a box, by its kind."""
     left, low, right, top = b.edges
-    cut = {'narrows': (0, .14 * b.h), 'widens': (.14 * b.h, 0)}.get(b.kind)
-    if cut:
-        corners = (left, low + cut[0]), (left, top - cut[0]), (right, top - cut[1]), (right, low + cut[1])
+    if b.kind in ('narrows', 'widens'):
+        l, r = (0, .14 * b.h) if b.kind == 'narrows' else (.14 * b.h, 0)
+        corners = (left, low + l), (left, top - l), (right, top - r), (right, low + r)
         return Polygon(corners, joinstyle='round', **look)
     if b.kind == 'sphere': return Circle((b.x, b.y), b.w / 2, **look | dict(ls='--', fc='white'))
     r = min(.17, b.h / 2) if b.kind == 'loss' else .05
@@ -618,12 +706,13 @@ def _draw_box(ax, b, colors, s):
     """A box with its text, and the numbers of the turns that move it; gray where no loss does."""
     numbers = [t for t in b.turns if t]
     color = colors[b.turns[0]] if b.turns else PLAYERS[0] if not colors else '#777777'
-    loss, two = b.kind == 'loss', '\n' in b.text
+    loss = b.kind == 'loss'
     look = dict(fc=color if loss else _tint(color), ec=color, lw=1.4 * s, zorder=3)
     if b.kind != 'data': ax.add_patch(_shape(b, **look))
-    ax.text(b.x + .1 * (loss and bool(numbers)), b.y, b.text, color='white' if loss else INK, zorder=5,
-            size=(12 if b.text[0] == '$' else 11) * s, ha='center', linespacing=1.1,
-            va='center' if two else 'center_baseline')
+    text = dict(color='white' if loss else INK, size=(12 if b.text[0] == '$' else 11) * s)
+    place = dict(ha='center', va='center' if '\n' in b.text else 'center_baseline')
+    x = b.x + .1 * (loss and len(numbers))             # beside the disk
+    ax.text(x, b.y, b.text, linespacing=1.1, zorder=5, **text, **place)
     for i, turn in enumerate(numbers):
         k = .2 * (len(numbers) - 1 - i)
         x, y = (b.edges[0] + .16, b.y) if loss else (b.edges[2] - .07 - k, b.edges[3] - .01)
@@ -661,22 +750,24 @@ def _connect(boxes, arrows, losses, lanes):
 
 def _check_names(boxes, arrows, losses):
     """Every name stands in the grid, and a loss stands there in round brackets, with its line."""
-    ends = [n for a in arrows for n in a[:2]]
-    for name in ends + [n for _, loss, *groups in losses for n in (loss, *sum(groups, []))]:
-        if name not in boxes: raise ValueError(f'a name must stand in the grid: {", ".join(boxes)}; got {name!r}')
-    written, said = {b.name for b in boxes.values() if b.kind == 'loss'}, {loss[1] for loss in losses}
-    if written == said and len(said) == len(losses): return
-    raise ValueError(f'each loss must be one (name) in the grid and one line; got {written} and {said}')
+    used = [n for a in arrows for n in a[:2]]
+    used += [n for _, loss, compared, moved in losses for n in (loss, *compared, *moved)]
+    for n in used:
+        if n in boxes: continue
+        raise ValueError(f'a name must stand in the grid: {", ".join(boxes)}; got {n!r}')
+    written, said = [b.name for b in boxes.values() if b.kind == 'loss'], [l[1] for l in losses]
+    if sorted(written) == sorted(said): return
+    raise ValueError(f'each loss must be a (name) in the grid and a line; got {written} and {said}')
 
 # %% ../nbs/0_foundations/05_pictures.ipynb #789edb0c
 @style()
 def diagram(grid, arrows='', losses=(), labels=None, ax=None):
-    """A schematic: what flows (arrows), what is compared (dashed), whom each loss moves (numbers, colors).
+    """A schematic: arrows for what flows, dashed lines for what a loss compares, numbers for turns.
 
-    `grid`: rows of boxes, columns between `|`: name (data), [network], [narrows>, <widens], {sphere},
-    (loss). `arrows`: 'x -> encoder -> code; a -word-> b'. `losses`: '1 name: compared, compared =>
-    moved, moved', with the turn as number. `labels`: other texts for names. Raises ValueError for
-    names that are not in the grid or twice, and for lines without a way around the boxes.
+    `grid`: rows of boxes, columns between `|`: name (data), [network], [narrows>, <widens],
+    {sphere}, (loss). `arrows`: 'x -> encoder -> code; a -word-> b'. `losses`: '1 name: compared,
+    compared => moved, moved', with the turn as number. `labels`: other texts for names. Raises
+    ValueError for names that stand in the grid twice or not at all, and for lines without a way.
     """
     arrows, losses = [*_read_arrows(arrows)], [*_read_losses(losses)]
     boxes = _read_grid(grid, labels or {})
@@ -687,15 +778,16 @@ def diagram(grid, arrows='', losses=(), labels=None, ax=None):
         boxes[name].w += .2 * bool(turn)
     lanes = _place(boxes.values())
     lines = [*_connect(boxes, arrows, losses, lanes)]
-    corners = np.concatenate([np.reshape(b.edges, (2, 2)) for b in boxes.values()] + [l[0] for l in lines])
-    low, high = corners.min(0) - .14, corners.max(0) + .14
+    corners = [np.reshape(b.edges, (2, 2)) for b in boxes.values()] + [line[0] for line in lines]
+    low, high = np.concatenate(corners).min(0) - .14, np.concatenate(corners).max(0) + .14
     if ax is None: ax = _card(*(high - low) * min(1, PAGE / (high - low)[0]))
     _axes(ax, bare=True).set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect='equal')
     s = (ax.get_window_extent().size / (high - low)).min() / ax.figure.dpi   # 1 at its own size
+    solid = dict(arrowstyle='-|>', mutation_scale=12 * s, color=INK, zorder=2)
+    dashed = dict(arrowstyle='-', ls=(0, (2.5, 1.5)), zorder=1)
     for path, word, turn in lines:
-        dashed = dict(ls=(0, (2.5, 1.5)), arrowstyle='-', zorder=1)
-        solid = dict(arrowstyle='-|>', mutation_scale=12 * s, color=INK, zorder=2)
-        _draw_line(ax, path, s, word, **(solid if turn is None else dashed | dict(color=colors[turn])))
+        look = solid if turn is None else dashed | dict(color=colors[turn])
+        _draw_line(ax, path, s, word, **look)
     for b in boxes.values(): _draw_box(ax, b, colors, s)
     return ax
 
@@ -705,17 +797,26 @@ def _live():
     return (os.environ.get('AD_COURSE_STATIC') != '1' and find_spec('ipywidgets') is not None
             and _kernel() is not None)
 
-def _start(slider):
-    """The value at which a slider starts: a widget, or an abbreviation of one that `interact` takes."""
+def _start(name, slider):
+    """The value at which a slider starts: a widget, or an abbreviation that `interact` takes."""
     if hasattr(slider, 'value'): return slider.value                  # a widget, or fixed(value)
     if isinstance(slider, (str, bool, Real)): return slider
-    if isinstance(slider, tuple) and len(slider) in (2, 3) and all(isinstance(v, Real) for v in slider):
-        low, high, *step = slider
-        middle = low + ((high - low) // 2 if isinstance(high - low, int) else (high - low) / 2)
-        return low + int((middle - low) / step[0]) * step[0] if step else middle
-    options = [*slider.values()] if isinstance(slider, Mapping) else [*slider]
-    pairs = all(isinstance(o, (tuple, list)) and len(o) == 2 for o in options)
-    return options[0][1] if pairs and not isinstance(slider, Mapping) else options[0]
+    options = [*slider] if hasattr(slider, '__iter__') else []
+    numbers = len(options) in (2, 3) and all(isinstance(v, Real) for v in options)
+    if not options or isinstance(slider, tuple) and not numbers:
+        what = 'a slider or an abbreviation of one, such as (0, 10, 1)'
+        raise ValueError(f'{name} must be {what}; got {slider!r}')
+    if isinstance(slider, tuple): return _middle(*slider)
+    if isinstance(slider, Mapping): return slider[options[0]]
+    pairs = all(isinstance(o, (tuple, list)) and len(o) == 2 for o in options)    # (name, value)
+    return options[0][1] if pairs else options[0]
+
+def _middle(low, high, step=None):
+    """Where a slider from `low` to `high` starts: the middle, or the last step before it."""
+    middle = (high - low) // 2 if isinstance(high - low, Integral) else (high - low) / 2
+    if step is not None: middle = int(middle / step) * step
+    number = int if isinstance(low + high + (step or 0), Integral) else float
+    return number(low + middle)
 
 # %% ../nbs/0_foundations/05_pictures.ipynb #0000004f
 def _show_new_figures(draw, values):
@@ -731,12 +832,12 @@ def _show_new_figures(draw, values):
 
 # %% ../nbs/0_foundations/05_pictures.ipynb #00000050
 def knob(draw, static=(), **sliders):
-    """Sliders for the arguments of `draw`, which draws a figure; where none can move, it draws `static`.
+    """Sliders for the arguments of `draw`, which draws a figure; where none can move, `static`.
 
     `sliders`: an ipywidgets slider for each argument, or an abbreviation that `interact` takes, as
-    `(0, 10, 1)`. Draws when a slider is let go. With the environment variable AD_COURSE_STATIC=1, or
-    without ipywidgets or a kernel, it calls `draw(**values)` for each dict in `static`; without `static`
-    it draws what the sliders would show first: each at the value at which it starts.
+    `(0, 10, 1)`. Draws when a slider is let go. With the environment variable AD_COURSE_STATIC=1,
+    or without ipywidgets or a kernel, it calls `draw(**values)` for each dict in `static`; without
+    `static` it draws what the sliders would show first: each at the value at which it starts.
     """
     if not sliders: raise ValueError('knob must get a slider for at least one argument; got none')
     for values in static:
@@ -744,7 +845,7 @@ def knob(draw, static=(), **sliders):
         named = f'static must set the same arguments as the sliders, {sorted(sliders)}'
         raise ValueError(f'{named}; got {sorted(values)}')
     if not _live():
-        for values in static or [{k: _start(s) for k, s in sliders.items()}]: draw(**values)
+        for values in static or [{k: _start(k, s) for k, s in sliders.items()}]: draw(**values)
         return
     from ipywidgets import interactive
     from IPython.display import display
