@@ -412,8 +412,7 @@ def _draw_points(ax, points, y, marked, center, radius):
 def _draw_levels(ax, ticks, field, level):
     """The lines on which a field has a value; a value that it never takes has none."""
     levels = [v for v in np.unique(np.asarray(level, float)) if field.min() < v < field.max()]
-    for color, width in (('white', 3.2), (INK, 1.6)) if levels else ():
-        ax.contour(*ticks, field, levels, colors=color, linewidths=width, linestyles='solid')
+    if levels: ax.contour(*ticks, field, levels, colors=INK, linewidths=1.6, linestyles='solid')
 
 # %% ../nbs/0_foundations/05_pictures.ipynb #67572e6d
 @style()

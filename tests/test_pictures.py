@@ -430,8 +430,8 @@ def test_detector_function_and_array_draw_the_same():
 
 
 def lines(ax):
-    """The lines of equal score: their vertices, without halos and fillings."""
-    ink = [c for c in ax.collections[1:] if isinstance(c, mpl.contour.ContourSet)][1::2]
+    """The lines of equal score: their vertices, without the filling."""
+    ink = [c for c in ax.collections[1:] if isinstance(c, mpl.contour.ContourSet)]
     return [path.vertices for c in ink for path in c.get_paths() if len(path.vertices)]
 
 
