@@ -26,7 +26,7 @@ class Invents(CWDSVDD):
     def networks(self, shape):
         nets = super().networks(shape)
         if not (self.omega1 or self.omega2): return nets   # nobody to play against
-        make = generator(shape, self.latent_dim, self.kind, self.width) if self.features is None else mlp((self.latent_dim, 8 * self.width, self.components))
+        make = generator(shape, self.latent_dim, self.arch, self.width) if self.features is None else mlp((self.latent_dim, 8 * self.width, self.components))
         return nets | dict(generator=make)
 
     def optimizers(self):

@@ -141,7 +141,7 @@ class AdVAE(Judged):
     epochs: int = 100
     code_dim: int = 8         # width of the code
     width: int = 16           # channels of the first level; 8 times as many hidden units for 'mlp'
-    kind: str = 'auto'        # 'mlp', 'conv', or 'auto': by the size of the image
+    arch: str = 'auto'        # 'mlp', 'conv', or 'auto': by the size of the image
     kl: float = .1            # lambda of (2): weight of the prior
     balance: float = 1.       # lambda' of (1): weight of G's wishes against T's
     gamma: float = .001       # weight of the terms about codes of drawings
@@ -159,5 +159,5 @@ class AdVAE(Judged):
         self.require(self.rule in RULES, 'rule', f'one of {RULES}')
 
     def networks(self, shape):
-        sizes, k = dict(shape=shape, kind=self.kind, width=self.width, norm=False), self.code_dim
+        sizes, k = dict(shape=shape, arch=self.arch, width=self.width, norm=False), self.code_dim
         return dict(encoder=encoder(code_dim=2 * k, **sizes), decoder=decoder(code_dim=k, **sizes), transformer=mlp((2*k, 2*k, 2*k, 2*k), nn.Sigmoid))

@@ -6,15 +6,16 @@
 __all__ = ['Reconstructs', 'AE']
 
 # %% ../nbs/1_autoencoders/11_ae.ipynb #00000005
-import numbers
 from dataclasses import dataclass
-import torch
 from .detector import Detector
-from .networks import decoder, encoder, squared_weights
+from .networks import decoder, decay_terms, encoder
 
 # %% ../nbs/1_autoencoders/11_ae.ipynb #00000018
 class Reconstructs(Detector):
-    """What all detectors share that compare an image with its reconstruction; `nets_` holds an encoder and a decoder."""
+    """What all detectors share that compare an image with its reconstruction.
+
+    `nets_` holds an encoder and a decoder.
+    """
     def code(self, xb):
         """Codes of a batch: (b, c, h, w) -> (b, code_dim)."""
         return self.nets_.encoder(xb)
@@ -28,7 +29,7 @@ class Reconstructs(Detector):
         return (xb - self.reconstruction(xb)).square()
 
     def image_score(self, xb): return self.errors(xb).flatten(1).mean(1)  # (b,)
-    def pixel_score(self, xb): return self.errors(xb).sum(1)        # (b, h, w)
+    def pixel_score(self, xb): return self.errors(xb).sum(1)              # (b, h, w)
 
     def encode(self, x):
         """Codes of all images, an array (n, code_dim)."""
@@ -41,23 +42,25 @@ class Reconstructs(Detector):
 # %% ../nbs/1_autoencoders/11_ae.ipynb #0000001a
 @dataclass(kw_only=True, eq=False, repr=False)
 class AE(Reconstructs):
-    """Autoencoder: the score is the reconstruction error (Rumelhart et al. 1986; Hinton and Salakhutdinov 2006)."""
+    """Autoencoder: the score is the reconstruction error.
+
+    Rumelhart et al. 1986; Hinton and Salakhutdinov 2006.
+    """
     epochs: int = 50
     code_dim: int = 16         # width of the bottleneck: numbers that must carry the image
-    width: int = 16            # channels of the first level; 8 times as many hidden units for 'mlp'
-    kind: str = 'auto'         # 'mlp', 'conv', or 'auto': by the size of the image
+    width: int = 16            # channels of the first level; 8 times as many units for 'mlp'
+    arch: str = 'auto'         # 'mlp', 'conv', or 'auto': by the size of the image
     weight_decay: float = 0.   # lambda of equation (2)
 
     def check_params(self):
         super().check_params()
-        for name in ('code_dim', 'width'): self.require_whole(name, least=1)
-        self.require(isinstance(self.weight_decay, numbers.Real) and 0 <= self.weight_decay < float('inf'), 'weight_decay', 'a number, 0 or more')
+        self.require_whole('code_dim', 'width', least=1)
+        self.require_number('weight_decay', least=0)
 
     def networks(self, shape):
-        sizes = dict(shape=shape, code_dim=self.code_dim, kind=self.kind, width=self.width)
+        sizes = dict(shape=shape, code_dim=self.code_dim, arch=self.arch, width=self.width)
         return dict(encoder=encoder(**sizes), decoder=decoder(**sizes))
 
     def loss(self, xb):
-        terms = dict(reconstruction=self.errors(xb).mean())  # equation (1)
-        if self.weight_decay: terms['decay'] = self.weight_decay * squared_weights(self.nets_)  # equation (2)
-        return terms
+        decay = decay_terms(self.weight_decay, self.nets_)           # equation (2)
+        return dict(reconstruction=self.errors(xb).mean()) | decay   # equation (1)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.func import jacrev, vjp, vmap
 from .ae import AE
-from .networks import KINDS, decoder, encoder, squared_weights
+from .networks import ARCHS, decoder, encoder, squared_weights
 from .sae import one_layer
 
 # %% ../nbs/1_autoencoders/14_cae.ipynb #00000009
@@ -30,17 +30,17 @@ class TiedAE(AE):
     epochs: int = 100
     lr: float = 1e-2
     code_dim: int = 128      # may be wider than the image
-    kind: str = 'layer'      # 'layer': one linear layer each way; or 'mlp', 'conv', 'auto' as for AE, without normalization
+    arch: str = 'layer'      # 'layer': one linear layer each way; or 'mlp', 'conv', 'auto' as for AE, without normalization
     tied: bool = True        # False: the decoder has a matrix of its own; deep networks need that
 
     def check_params(self):
         super().check_params()
-        self.require(self.kind in ('layer', *KINDS), 'kind', f"'layer' or one of {KINDS}")
-        self.require(self.tied in (True, False) and (not self.tied or self.kind == 'layer'), 'tied', "False for deep networks, True or False for kind='layer'")
+        self.require(self.arch in ('layer', *ARCHS), 'arch', f"'layer' or one of {ARCHS}")
+        self.require(self.tied in (True, False) and (not self.tied or self.arch == 'layer'), 'tied', "False for deep networks, True or False for arch='layer'")
 
     def networks(self, shape):
-        sizes = dict(shape=shape, code_dim=self.code_dim, kind=self.kind, width=self.width, norm=False)
-        if self.kind != 'layer': return dict(encoder=encoder(**sizes), decoder=decoder(**sizes))
+        sizes = dict(shape=shape, code_dim=self.code_dim, arch=self.arch, width=self.width, norm=False)
+        if self.arch != 'layer': return dict(encoder=encoder(**sizes), decoder=decoder(**sizes))
         nets = one_layer(shape, self.code_dim)
         if self.tied: nets['decoder'][0] = Shift(math.prod(shape))
         return nets
@@ -94,7 +94,7 @@ class CAE(TiedAE):
 
     def has_closed_form(self):
         """True where equation (2) holds."""
-        return self.kind == 'layer' and self.penalize == 'code'
+        return self.arch == 'layer' and self.penalize == 'code'
 
     def norms(self, xb, code):
         """Squared norm of the Jacobian at each image, (b,), in the way that `jacobian` says."""

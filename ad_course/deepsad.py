@@ -40,7 +40,7 @@ class DeepSAD(LooksForOverlap, DeepSVDD):
     batch_size: int = 128
     lr: float = 1e-3
     code_dim: int = 32
-    kind: str = 'auto'         # linear layers for small images
+    arch: str = 'auto'         # linear layers for small images
     gcn: bool = False          # pixels as they are, as in the official code
     pretrain_epochs: int = 0   # no warm start: the chapter shows why
     eta: float = 1.            # weight of a labelled anomaly, equation (7) of the paper

@@ -124,7 +124,7 @@ class WarmStart(Sphere):
     """The encoder learns first as one half of an autoencoder; the other half is thrown away."""
     def pretrain_decoder(self, shape):
         """The other half: (b, code_dim) -> (b, c, h, w)."""
-        return decoder(shape, self.code_dim, self.kind, self.width)
+        return decoder(shape, self.code_dim, self.arch, self.width)
 
     def pretrain_loss(self, xb):
         """Name -> term of the autoencoder's loss."""
@@ -163,7 +163,7 @@ class DeepSVDDSettings(CenterAndRadius, NoticesCollapse, WarmStart):
     weight_decay: float = 1e-6     # lambda of equations (1) and (2)
     code_dim: int = 128            # numbers in a code
     width: int = 16                # channels of the first level; 8 times as many hidden units for 'mlp'
-    kind: str = 'conv'             # 'mlp', 'conv', or 'auto': by the size of the image
+    arch: str = 'conv'             # 'mlp', 'conv', or 'auto': by the size of the image
     gcn: bool = True               # global contrast normalization of each image
     pretrain_epochs: int = 20      # of the autoencoder that the encoder comes from; 0: a random start
     pretrain_lr: float = 1e-3      # its learning rate
@@ -183,7 +183,7 @@ class DeepSVDDSettings(CenterAndRadius, NoticesCollapse, WarmStart):
 class DeepSVDD(DeepSVDDSettings):
     """Deep support vector data description (Ruff et al. 2018): the score is the squared distance to a center."""
     def networks(self, shape):
-        return dict(encoder=encoder(shape, self.code_dim, self.kind, self.width, bias=False))
+        return dict(encoder=encoder(shape, self.code_dim, self.arch, self.width, bias=False))
 
     def train(self, data):
         if self.gcn: self.find_range(data)

@@ -107,7 +107,7 @@ class RSRAE(Terms, Alternates, AE):
         self.require(self.score_by in ('cosine', 'error'), 'score_by', "'cosine' or 'error'")
 
     def networks(self, shape):
-        sizes = dict(kind=self.kind, width=self.width)
+        sizes = dict(arch=self.arch, width=self.width)
         return dict(encoder=encoder(shape, self.wide_dim, **sizes), subspace=Subspace(self.wide_dim, self.code_dim), decoder=decoder(shape, self.code_dim, **sizes))
 
     def image_score(self, xb):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from .ae import AE
-from .networks import KINDS, squared_weights
+from .networks import ARCHS, squared_weights
 
 # %% ../nbs/1_autoencoders/13_sae.ipynb #00000008
 def one_layer(shape, code_dim):
@@ -48,18 +48,18 @@ class SAE(AE):
     epochs: int = 100
     lr: float = 1e-2
     code_dim: int = 128       # may be wider than the image
-    kind: str = 'layer'       # 'layer': one linear layer each way; or 'mlp', 'conv', 'auto', as for AE
+    arch: str = 'layer'       # 'layer': one linear layer each way; or 'mlp', 'conv', 'auto', as for AE
     p: float = .05            # mean activation that each unit is asked for
     sparsity: float = 1e-3    # lambda of equation (3), against the mean squared error; 0 leaves the term out
 
     def check_params(self):
         super().check_params()
-        self.require(self.kind in ('layer', *KINDS), 'kind', f"'layer' or one of {KINDS}")
+        self.require(self.arch in ('layer', *ARCHS), 'arch', f"'layer' or one of {ARCHS}")
         self.require(isinstance(self.p, numbers.Real) and 0 < self.p < 1, 'p', 'a number between 0 and 1, both excluded')
         self.require(isinstance(self.sparsity, numbers.Real) and 0 <= self.sparsity < float('inf'), 'sparsity', 'a number, 0 or more')
 
     def networks(self, shape):
-        return one_layer(shape, self.code_dim) if self.kind == 'layer' else super().networks(shape)
+        return one_layer(shape, self.code_dim) if self.arch == 'layer' else super().networks(shape)
 
     def logits(self, xb):
         """The code before the sigmoid: (b, c, h, w) -> (b, code_dim)."""

@@ -107,7 +107,7 @@ class VAE(Looks, AE):
         self.require_whole('samples', least=1)
 
     def networks(self, shape):
-        sizes = dict(shape=shape, kind=self.kind, width=self.width)
+        sizes = dict(shape=shape, arch=self.arch, width=self.width)
         return dict(encoder=encoder(code_dim=2 * self.code_dim, **sizes), decoder=decoder(code_dim=self.code_dim, **sizes), noise=PixelNoise(self.sigma))
 
     def loss(self, xb):

@@ -14,7 +14,7 @@ from ad_course.surfaces import surfaces
 TASK = digits(normal=3)
 X = np.concatenate([TASK.x_train[:60], TASK.x_reserve[:20]])
 Y = np.repeat([0, 1], [60, 20])
-TINY = dict(kind='mlp', width=2, code_dim=3, batch_size=40, epochs=2, pretrain_epochs=2, warm_up=2, wraps=60, gcn=False, verbose=False)
+TINY = dict(arch='mlp', width=2, code_dim=3, batch_size=40, epochs=2, pretrain_epochs=2, warm_up=2, wraps=60, gcn=False, verbose=False)
 
 
 def in_play(Kind, **settings):
@@ -89,7 +89,7 @@ def check_players(kind):
 
 def check_round(kind):
     """One step of the game moves all four, in turn, and leaves batch statistics alone."""
-    d, xb, yb = in_play(kind, kind='conv')
+    d, xb, yb = in_play(kind, arch='conv')
     norms = lambda: [b.clone() for b in d.nets_.encoder.buffers()]
     d.nets_.train()
     with isolated(0):

@@ -402,7 +402,7 @@ def test_variances_stay_finite_and_feel_gradients():
 
 
 @pytest.mark.parametrize('wrong', [dict(code_dim=0), dict(width=0), dict(draws=-1), dict(draws=1.5), dict(kl=-1), dict(balance=float('inf')), dict(gamma=-.1),
-                                   dict(margin_x=float('nan')), dict(margin_z='far'), dict(rule='median'), dict(kind='rnn')], ids=str)
+                                   dict(margin_x=float('nan')), dict(margin_z='far'), dict(rule='median'), dict(arch='rnn')], ids=str)
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))): AdVAE(**{**SMALL, **wrong}).fit(pictures())
 

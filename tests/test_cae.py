@@ -80,8 +80,8 @@ def test_batch_normalization_is_refused_in_training():
     with isolated(0): net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.BatchNorm1d(4))
     with pytest.raises((RuntimeError, ValueError)): exact_norm(net, torch.tensor(X))
     assert exact_norm(net.eval(), torch.tensor(X)).shape == (48,)
-    for kind in ('mlp', 'conv'):
-        assert not any('BatchNorm' in type(m).__name__ for m in CAE(kind=kind, tied=False, epochs=0).fit(X).nets_.modules())
+    for arch in ('mlp', 'conv'):
+        assert not any('BatchNorm' in type(m).__name__ for m in CAE(arch=arch, tied=False, epochs=0).fit(X).nets_.modules())
 
 
 def test_invariance_that_the_penalty_lacks_and_the_other_has():
@@ -206,7 +206,7 @@ def test_reconstruction_of_tied_weights_against_numpy():
 
 
 # ---------------------------------------------------------------- the contract
-@pytest.mark.parametrize('params', [dict(epochs=40), dict(kind='conv', tied=False, code_dim=16, epochs=10, lr=3e-3, contraction=1e-4, weight_decay=1e-6)], ids=str)
+@pytest.mark.parametrize('params', [dict(epochs=40), dict(arch='conv', tied=False, code_dim=16, epochs=10, lr=3e-3, contraction=1e-4, weight_decay=1e-6)], ids=str)
 def test_contract(params): check_detector(CAE(batch_size=32, **params))
 
 
@@ -215,8 +215,8 @@ def test_contract_of_the_other_ways():
         check_detector(CAE(epochs=30, batch_size=32, **params), only=['same_twice', 'alone_as_in_a_batch', 'leaves_global_state', 'save_and_load', 'images_do_not_mix'])
 
 
-@pytest.mark.parametrize('params', [dict(contraction=-1), dict(contraction=float('nan')), dict(jacobian='numeric'), dict(penalize='g'), dict(directions=0), dict(kind='deep'),
-                                    dict(tied=True, kind='conv'), dict(tied=None), dict(jacobian='closed', kind='mlp', tied=False), dict(jacobian='closed', penalize='reconstruction')], ids=str)
+@pytest.mark.parametrize('params', [dict(contraction=-1), dict(contraction=float('nan')), dict(jacobian='numeric'), dict(penalize='g'), dict(directions=0), dict(arch='deep'),
+                                    dict(tied=True, arch='conv'), dict(tied=None), dict(jacobian='closed', arch='mlp', tied=False), dict(jacobian='closed', penalize='reconstruction')], ids=str)
 def test_wrong_parameters_are_named(params):
     with pytest.raises(ValueError, match=next(iter(params))): CAE(**params).fit(X)
 
@@ -224,7 +224,7 @@ def test_wrong_parameters_are_named(params):
 @pytest.mark.parametrize('shape', [(1, 28, 28), (3, 32, 32)])
 def test_defaults_work_on_larger_images(shape):
     x = np.random.default_rng(0).random((12, *shape), dtype='float32')
-    for d in (CAE(epochs=2, verbose=False).fit(x), CAE(kind='auto', tied=False, epochs=1, verbose=False).fit(x)):
+    for d in (CAE(epochs=2, verbose=False).fit(x), CAE(arch='auto', tied=False, epochs=1, verbose=False).fit(x)):
         assert d.encode(x).shape == (12, 128) and d.anomaly_map(x).shape == (12, *shape[1:])
 
 

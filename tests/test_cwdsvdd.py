@@ -16,7 +16,7 @@ from ad_course.wrapping import ImageWrapper, density_epsilon
 TASK = digits(normal=3)
 X = np.concatenate([TASK.x_train[:60], TASK.x_reserve[:20]])
 Y = np.repeat([0, 1], [60, 20])
-SMALL = dict(kind='mlp', code_dim=4, width=2, batch_size=32, epochs=2, pretrain_epochs=1, warm_up=1, wraps=100, verbose=False)
+SMALL = dict(arch='mlp', code_dim=4, width=2, batch_size=32, epochs=2, pretrain_epochs=1, warm_up=1, wraps=100, verbose=False)
 CODES, LABELS = torch.tensor([[1., 0], [1, 1], [4, 0], [1, -2], [1, 0], [2, 0]], dtype=torch.float64), torch.tensor([0, 0, 0, 0, 1, 1])
 BANK = torch.tensor([[2., 0], [1, 2], [1, 1]], dtype=torch.float64)
 
@@ -146,7 +146,7 @@ def check_eval_mode(cls):
         def make_wraps(self, data, draw=0):
             self.before_ = self.nets_.encoder[1].running_mean.clone()
             super().make_wraps(data, draw)
-    d = Listens(**{**SMALL, 'kind': 'conv'}).fit(X, Y)
+    d = Listens(**{**SMALL, 'arch': 'conv'}).fit(X, Y)
     assert seen and not any(seen), 'training mode in the game'
     assert torch.equal(d.before_, d.nets_.encoder[1].running_mean), 'batch statistics moved in the game'
 

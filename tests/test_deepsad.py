@@ -225,7 +225,7 @@ def test_silence_about_overlap_is_caught():
 
 # ---------------------------------------------------------------- the rest
 def test_without_labels_it_is_deep_svdd():
-    same = dict(epochs=3, lr=1e-3, pretrain_epochs=1, kind='auto', gcn=False, **SMALL)
+    same = dict(epochs=3, lr=1e-3, pretrain_epochs=1, arch='auto', gcn=False, **SMALL)
     assert np.array_equal(DeepSAD(**same).fit(X).decision_function(X), DeepSVDD(**same).fit(X).decision_function(X))
     assert np.array_equal(DeepSAD(eta=5, **same).fit(X, Y * 0).decision_function(X), DeepSAD(**same).fit(X).decision_function(X))
 

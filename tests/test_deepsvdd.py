@@ -125,7 +125,7 @@ def check_no_collapse(kind):
     """With strong decay: the network still responds, ranks, and nobody warns."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
-        d = kind(kind='mlp', code_dim=32, epochs=200, lr=1e-3, weight_decay=1., pretrain_epochs=0, verbose=False).fit(X)
+        d = kind(arch='mlp', code_dim=32, epochs=200, lr=1e-3, weight_decay=1., pretrain_epochs=0, verbose=False).fit(X)
     assert d.response_ > .1, f'response {d.response_:.1e}'
     assert auroc(TASK.y_test, d.decision_function(TASK.x_test)) > .9
     assert not [w for w in caught if 'collapsed' in str(w.message)]
@@ -152,7 +152,7 @@ def method(**methods): return type('Mutant', (DeepSVDD,), methods)
 
 def biased(self, shape):
     from ad_course.networks import encoder
-    return dict(encoder=encoder(shape, self.code_dim, self.kind, self.width))
+    return dict(encoder=encoder(shape, self.code_dim, self.arch, self.width))
 
 
 def last_batch(self, data):
@@ -219,7 +219,7 @@ def test_mutant_is_caught(name):
 def test_fit_warns_of_collapse_and_says_what_to_try():
     kind = MUTANTS['collapse by biases'][1]
     with pytest.warns(UserWarning, match='has collapsed.*without biases'):
-        d = kind(kind='mlp', code_dim=32, epochs=200, lr=1e-3, weight_decay=1., pretrain_epochs=0, verbose=False).fit(X)
+        d = kind(arch='mlp', code_dim=32, epochs=200, lr=1e-3, weight_decay=1., pretrain_epochs=0, verbose=False).fit(X)
     assert d.response_ < 1e-4
 
 

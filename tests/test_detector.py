@@ -228,8 +228,8 @@ def test_any_number_of_images(small, n):
 
 
 def test_batches_of_one():
-    for kind in ('mlp', 'conv'):
-        d = SMALL['AE'](batch_size=1, kind=kind, epochs=2).fit(images(5, 3, 9, 7))
+    for arch in ('mlp', 'conv'):
+        d = SMALL['AE'](batch_size=1, arch=arch, epochs=2).fit(images(5, 3, 9, 7))
         assert np.isfinite(d.decision_function(images(3, 3, 9, 7))).all()
 
 
@@ -305,7 +305,7 @@ def test_labels_without_effect_are_a_warning():
 
 BAD = [('AE', name, v) for name, values in dict(epochs=[-1, 1., None, 'a', True, np.nan], batch_size=[0, -1, 2., None, 10**30], lr=[0, -1e-3, np.nan, np.inf, None, 'a'], seed=[-1, .5, None, 2**64, 2**70],
        contamination=[0, 1, -.1, np.nan, None, 'a'], precision=['float16', None, ['a'], torch.float32], workers=[-1, 'a', None, .5], code_dim=[0, -1, 2., None, 'a', True], width=[0, 1.5, None],
-       kind=['x', None, ['mlp']], weight_decay=[-1, np.nan, np.inf, None, 'a'], device=['no such device', 'cuda:99', 3.5]).items() for v in values]
+       arch=['x', None, ['mlp']], weight_decay=[-1, np.nan, np.inf, None, 'a'], device=['no such device', 'cuda:99', 3.5]).items() for v in values]
 BAD += [('PCA', 'components', v) for v in (0, -1, 5.5, np.nan, np.inf, None, 'a', 13)] + [('KNN', 'k', v) for v in (0, -1, 2., None, 'a', 12, True)]
 
 
@@ -714,7 +714,7 @@ FORGERIES = dict(
     unknown_class=in_head(detector='NoSuchDetector'), base_class=in_head(detector='Detector'), not_a_class=in_head(detector='to_json'),
     params_no_json=in_head(params='{'), params_list=in_head(params='[1]'), params_number=in_head(params='3'), learned_list=in_head(learned='[]'), learned_text=in_head(learned='"a"'), deep=in_head(learned='[' * 100_000),
     deep_value=in_head(learned='{"a_":' + '[' * 5000 + ']' * 5000 + '}'), unknown_parameter=in_json('params', no_such=1), init=in_json('params', self=1), wrong_type=in_json('params', code_dim='many'),
-    out_of_range=in_json('params', code_dim=-1), no_batches=in_json('params', batch_size=0), huge_network=in_json('params', code_dim=10**15), mangled=in_json('params', kind={'no': 1}), bad_seed=in_json('params', seed=2**80),
+    out_of_range=in_json('params', code_dim=-1), no_batches=in_json('params', batch_size=0), huge_network=in_json('params', code_dim=10**15), mangled=in_json('params', arch={'no': 1}), bad_seed=in_json('params', seed=2**80),
     no_threshold=in_json('learned', threshold_=None), no_shape=in_json('learned', shape_=None), wrong_shape=in_json('learned', shape_={'tuple': [1, 5, 5]}), text_shape=in_json('learned', shape_='abc'),
     negative_shape=in_json('learned', shape_={'tuple': [1, -6, 6]}), number_shape=in_json('learned', shape_=6), huge_shape=in_json('learned', shape_={'tuple': [1, 10**9, 10**9]}),
     a_method=in_json('learned', score=3), a_magic_name=in_json('learned', __class__='AE'), a_parameter=in_json('learned', epochs=9), unhashable=in_json('learned', history_={'dict': [[[1], 2]]}),
@@ -938,11 +938,11 @@ def test_autoencoder_by_hand():
     assert d.loss(torch.zeros(1, 1, 1, 2))['decay'].item() == pytest.approx(.5 * (2 * hidden + hidden + hidden + 2 * hidden))
 
 
-@pytest.mark.parametrize('kind', ['mlp', 'conv'])
-def test_gradient_of_the_loss_in_float64(kind):
+@pytest.mark.parametrize('arch', ['mlp', 'conv'])
+def test_gradient_of_the_loss_in_float64(arch):
     """torch.autograd against finite differences, for every weight of a tiny network."""
-    d = SMALL['AE'](kind=kind, width=1, code_dim=2, weight_decay=.1, epochs=0).fit(images(4, 1, 5, 6))
-    if kind == 'mlp':  # eight hidden units each way are enough, but every one must be alive
+    d = SMALL['AE'](arch=arch, width=1, code_dim=2, weight_decay=.1, epochs=0).fit(images(4, 1, 5, 6))
+    if arch == 'mlp':  # eight hidden units each way are enough, but every one must be alive
         with torch.no_grad():
             for name, p in d.nets_.named_parameters(): p.add_(.1) if name.endswith('bias') else p
     d.nets_.double().train()
@@ -956,7 +956,7 @@ def test_gradient_of_the_loss_in_float64(kind):
 
 def test_gradient_of_weight_decay():
     """2 lambda W for every matrix and filter; nothing for biases and normalizations."""
-    d = SMALL['AE'](kind='conv', weight_decay=.3, epochs=0).fit(images(4, 1, 9, 9))
+    d = SMALL['AE'](arch='conv', weight_decay=.3, epochs=0).fit(images(4, 1, 9, 9))
     d.nets_.train()
     parameters = dict(d.nets_.named_parameters())
     grads = torch.autograd.grad(d.loss(torch.from_numpy(images(4, 1, 9, 9)))['decay'], parameters.values(), allow_unused=True)
@@ -996,7 +996,7 @@ def test_baselines_against_numpy():
 def test_fit_equals_the_loop_by_hand():
     """The one training loop against the plain one: same weights, same history, same threshold."""
     x = images(11, 1, 20, 20)
-    d = SMALL['AE'](epochs=3, weight_decay=.01, kind='mlp', seed=3).fit(x)
+    d = SMALL['AE'](epochs=3, weight_decay=.01, arch='mlp', seed=3).fit(x)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(d.seed)
         nets = torch.nn.ModuleDict(d.networks((1, 20, 20))).to(memory_format=torch.channels_last)

@@ -182,11 +182,11 @@ def test_without_sparsity_there_is_no_term_and_the_score_is_that_of_an_autoencod
     assert SAE.image_score is AE.image_score and SAE.pixel_score is AE.pixel_score and SAE.mixes_images
 
 
-@pytest.mark.parametrize('params', [dict(kind='auto', weight_decay=1e-5, epochs=30), dict(kind='conv', epochs=15)], ids=str)
+@pytest.mark.parametrize('params', [dict(arch='auto', weight_decay=1e-5, epochs=30), dict(arch='conv', epochs=15)], ids=str)
 def test_contract(params): check_detector(SAE(batch_size=32, **params))
 
 
-@pytest.mark.parametrize('params', [dict(p=0), dict(p=1), dict(p='a'), dict(p=float('nan')), dict(sparsity=-1), dict(sparsity=float('inf')), dict(sparsity=None), dict(kind='linear')], ids=str)
+@pytest.mark.parametrize('params', [dict(p=0), dict(p=1), dict(p='a'), dict(p=float('nan')), dict(sparsity=-1), dict(sparsity=float('inf')), dict(sparsity=None), dict(arch='linear')], ids=str)
 def test_wrong_parameters_are_named(params):
     with pytest.raises(ValueError, match=next(iter(params))): SAE(**params).fit(X)
 

@@ -71,11 +71,11 @@ def plain_autoencoder():
     return Autoencoder()
 
 
-def our_networks(kind, shape):
+def our_networks(arch, shape):
     """The networks of `AE`, as a plain module."""
     from torch import nn
     from ad_course.ae import AE
-    nets = AE(code_dim=CODE_DIM, width=WIDTH, kind=kind).networks(shape)
+    nets = AE(code_dim=CODE_DIM, width=WIDTH, arch=arch).networks(shape)
     return nn.Sequential(nets['encoder'], nets['decoder'])
 
 
@@ -108,11 +108,11 @@ def train_plainly(make, x, epochs):
     return seconds, score
 
 
-def train_ours(kind, x, epochs, precision='float32'):
+def train_ours(arch, x, epochs, precision='float32'):
     """`fit` of the course."""
     from ad_course.ae import AE
     from ad_course.datasets import data_root, mnist
-    d = AE(epochs=epochs, code_dim=CODE_DIM, width=WIDTH, kind=kind, batch_size=BATCH, seed=SEED, device='cpu', precision=precision, verbose=False).fit(x)
+    d = AE(epochs=epochs, code_dim=CODE_DIM, width=WIDTH, arch=arch, batch_size=BATCH, seed=SEED, device='cpu', precision=precision, verbose=False).fit(x)
     return d.history_['seconds'], d.decision_function
 
 

@@ -102,7 +102,7 @@ def train(who, x, epochs):
     if kind == 'loop': return train_plainly(x, epochs, not how)
     if kind == 'fit' and how == ['layers']:   # linear layers of 64 and 32 units, no warm start: as PyOD has them
         from ad_course.deepsvdd import DeepSVDD
-        return DeepSVDD(epochs=2 * epochs, pretrain_epochs=0, batch_size=BATCH, kind='mlp', width=8, code_dim=32, device='cpu', verbose=False).fit(x).decision_function
+        return DeepSVDD(epochs=2 * epochs, pretrain_epochs=0, batch_size=BATCH, arch='mlp', width=8, code_dim=32, device='cpu', verbose=False).fit(x).decision_function
     if kind == 'fit':
         from ad_course.deepsvdd import DeepSVDD
         return DeepSVDD(epochs=epochs, pretrain_epochs=0 if how else epochs, batch_size=BATCH, lr=LR, pretrain_lr=PRETRAIN_LR, weight_decay=DECAY, code_dim=CODE_DIM,
