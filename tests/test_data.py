@@ -1,4 +1,4 @@
-"""The data chapter's promises: nothing in two places, exact rates, errors that say what is wrong."""
+"""The data chapter's promises: nothing in two places, exact rates, errors that say why."""
 from dataclasses import FrozenInstanceError
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""The promises of the data sets' chapter: nothing half-done on a disk, errors that say what to do."""
+"""The promises of the data sets' chapter: nothing half-done on disk, errors that help."""
 import gzip, hashlib, os, shutil, struct, zipfile
 from pathlib import Path
 
@@ -133,10 +133,10 @@ def test_no_network_no_file(tiny_mnist):
 def test_cifar100_families(monkeypatch):
     # The fine-to-coarse table as it is usually printed, an independent source of the same facts.
     coarse = np.array([
-        4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7, 6, 13, 15,
-        3, 15, 0, 11, 1, 10, 12, 14, 16, 9, 11, 5, 5, 19, 8, 8, 15, 13, 14, 17, 18, 10, 16, 4, 17, 4,
-        2, 0, 17, 4, 18, 17, 10, 3, 2, 12, 12, 16, 12, 1, 9, 19, 2, 10, 0, 1, 16, 12, 9, 13, 15, 13,
-        16, 19, 2, 4, 6, 19, 5, 5, 8, 19, 18, 1, 2, 15, 6, 0, 17, 8, 14, 13])
+        4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7, 6,
+        13, 15, 3, 15, 0, 11, 1, 10, 12, 14, 16, 9, 11, 5, 5, 19, 8, 8, 15, 13, 14, 17, 18, 10,
+        16, 4, 17, 4, 2, 0, 17, 4, 18, 17, 10, 3, 2, 12, 12, 16, 12, 1, 9, 19, 2, 10, 0, 1, 16,
+        12, 9, 13, 15, 13, 16, 19, 2, 4, 6, 19, 5, 5, 8, 19, 18, 1, 2, 15, 6, 0, 17, 8, 14, 13])
     x = np.random.default_rng(0).integers(0, 256, (400, 3, 4, 4), dtype=np.uint8)
     fine = np.arange(200) % 100
     monkeypatch.setattr(datasets, '_fetch', lambda which, root: (x[:200], fine, x[200:], fine))
@@ -162,7 +162,8 @@ def test_stand_ins(monkeypatch, load, shape, classes):
 # files
 
 def test_npz(tmp_path):
-    x, k = np.random.default_rng(0).integers(0, 256, (60, 6, 7, 3), dtype=np.uint8), np.arange(60) % 3
+    rng, k = np.random.default_rng(0), np.arange(60) % 3
+    x = rng.integers(0, 256, (60, 6, 7, 3), dtype=np.uint8)
     np.savez(tmp_path / 'a.npz', images=x, labels=k, classes=np.array(['cat', 'dog', 'cow']))
     np.savez(tmp_path / 'b.npz', images=x[..., 0], labels=k, quality=np.linspace(0, 1, 3)[k])
     t = from_npz(tmp_path / 'a.npz', normal='cat', n_train=5)
@@ -213,13 +214,15 @@ def test_read_image(tmp_path):
             read_image(tmp_path / name)
     with pytest.raises(FileNotFoundError, match='none.png'): read_image(tmp_path / 'none.png')
     save(np.full((4, 4), 40_000, np.uint16), tmp_path / 'deep.png')
-    with pytest.raises(ValueError, match='deep.png must .*got mode I;16'): read_image(tmp_path / 'deep.png')
-    with pytest.raises(ValueError, match='must be 1 or 3; got 2'): read_image(tmp_path / 'a.png', channels=2)
+    with pytest.raises(ValueError, match='deep.png must .*got mode I;16'):
+        read_image(tmp_path / 'deep.png')
+    with pytest.raises(ValueError, match='must be 1 or 3; got 2'):
+        read_image(tmp_path / 'a.png', channels=2)
 
 
 def test_masks_are_never_lost(tmp_path):
     m = np.zeros((64, 64), np.uint8)
-    m[1, 1] = 255                                             # the nearest pixel of an 8x8 grid misses it
+    m[1, 1] = 255                             # the nearest pixel of an 8x8 grid misses it
     save(m, tmp_path / 'm.png')
     mask, shape = read_mask(tmp_path / 'm.png', 8)
     assert shape == (64, 64) and mask.sum() == 1 and mask[0, 0]
@@ -272,7 +275,8 @@ def test_mvtec_reserve(category):
     whole = mvtec(category, size=20)
     masks = {i.tobytes(): m for i, m in zip(whole.x_test, whole.masks_test)}
     assert all(np.array_equal(masks[i.tobytes()], m) for i, m in zip(t.x_test, t.masks_test))
-    with pytest.raises(ValueError, match='below 3, the test images of bent; got 3'): mvtec(category, reserve_per_kind=3)
+    with pytest.raises(ValueError, match='below 3, the test images of bent; got 3'):
+        mvtec(category, reserve_per_kind=3)
 
 
 def test_mvtec_variants(category):
@@ -356,7 +360,7 @@ def test_magnetic_tile_folder_and_zip(tiles, monkeypatch):
 
 
 def test_magnetic_tile_errors(tiles, tmp_path):
-    with pytest.raises(FileNotFoundError, match='nowhere must be the magnetic tiles.*AD_COURSE_DATA'):
+    with pytest.raises(FileNotFoundError, match='must be the magnetic tiles.*AD_COURSE_DATA'):
         magnetic_tile(tmp_path / 'nowhere')
     (tmp_path / 'half.zip').write_bytes(b'PK half')
     with pytest.raises(ValueError, match='half.zip must be a readable zip file; got'):
