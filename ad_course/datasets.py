@@ -22,6 +22,7 @@ def data_root():
     """The folder of downloaded data sets: `AD_COURSE_DATA`, or `~/.cache/ad_course` without it."""
     return Path(os.environ.get('AD_COURSE_DATA') or '~/.cache/ad_course').expanduser()
 
+# %% ../nbs/0_foundations/01b_datasets.ipynb #3d96d37c
 def smoke(full, small):
     """`small` where the variable `AD_COURSE_SMOKE` is 1, else `full`: `epochs=smoke(150, 1)`."""
     return small if os.environ.get('AD_COURSE_SMOKE') == '1' else full
@@ -42,6 +43,7 @@ _UNREADABLE = RuntimeError, ValueError, AssertionError, EOFError, OSError
 
 def _chw(x): return x if x.ndim == 3 else np.moveaxis(x, -1, 1)     # (n, h, w, c) -> (n, c, h, w)
 
+# %% ../nbs/0_foundations/01b_datasets.ipynb #7bf3043a
 def _stage(make, which, root):
     """Both halves of a set, completed in a temporary folder, moved into `root` if that is open."""
     archives = hasattr(make, 'resources')
@@ -61,7 +63,7 @@ def _stage(make, which, root):
 # %% ../nbs/0_foundations/01b_datasets.ipynb #0000005a
 @contextmanager
 def _beside(root):
-    """A temporary folder and whether it is inside `root`, which may be closed for writing."""
+    """A temporary folder, inside `root` where that may be written to, and whether it is inside."""
     waits = socket.getdefaulttimeout()
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -74,6 +76,7 @@ def _beside(root):
         with folder as path: yield Path(path), inside
     finally: socket.setdefaulttimeout(waits)
 
+# %% ../nbs/0_foundations/01b_datasets.ipynb #f890ce25
 def _how_to_get(make, which, root, error):
     """What to tell a user without a network."""
     parts = hasattr(make, 'resources')
@@ -98,6 +101,7 @@ def _stand_in(classes, c, h, w):
         return x.clip(0, 255).astype(np.uint8), np.array(classes)[kinds]
     return *half(40), *half(20)
 
+# %% ../nbs/0_foundations/01b_datasets.ipynb #8325f1cf
 def _official(which, classes, shape, normal, anomalous, n_train, seed, root, fold=None):
     """A task on the official split of a torchvision set; `fold` maps fine labels to classes."""
     side = _direction(normal, anomalous, classes)
@@ -131,6 +135,7 @@ FASHION = ['T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat',
            'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot']
 CIFAR = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
 
+# %% ../nbs/0_foundations/01b_datasets.ipynb #f1cf1f87
 def mnist(normal=0, *, anomalous=None, n_train=None, seed=0, root=None):
     """MNIST as a `Task`, (1, 28, 28) uint8, official split (LeCun et al. 1998).
 
@@ -140,6 +145,7 @@ def mnist(normal=0, *, anomalous=None, n_train=None, seed=0, root=None):
     classes = [str(i) for i in range(10)]
     return _official('MNIST', classes, (1, 28, 28), normal, anomalous, n_train, seed, root)
 
+# %% ../nbs/0_foundations/01b_datasets.ipynb #87e2e9c5
 def fashion_mnist(normal=0, *, anomalous=None, n_train=None, seed=0, root=None):
     """Fashion-MNIST as a `Task`, (1, 28, 28) uint8, as `mnist` (Xiao et al. 2017)."""
     return _official('FashionMNIST', FASHION, (1, 28, 28), normal, anomalous, n_train, seed, root)
@@ -171,6 +177,7 @@ SUPERCLASSES = {k: v.split() for k, v in {
     'vehicles_1': 'bicycle bus motorcycle pickup_truck train',
     'vehicles_2': 'lawn_mower rocket streetcar tank tractor'}.items()}
 
+# %% ../nbs/0_foundations/01b_datasets.ipynb #fbaa03ab
 def cifar100(normal=0, *, anomalous=None, n_train=None, seed=0, root=None):
     """CIFAR-100 as a `Task` over its 20 superclasses, (3, 32, 32) uint8, as `mnist`."""
     family = {fine: i for i, names in enumerate(SUPERCLASSES.values()) for fine in names}
@@ -193,6 +200,7 @@ def from_npz(path, *, normal=None, anomalous=None, test_path=None, test_fraction
                      test_fraction=test_fraction, seed=seed, name=Path(path).stem)
     return _fewer(task, n_train, seed)
 
+# %% ../nbs/0_foundations/01b_datasets.ipynb #77020701
 def _read_npz(path, labels):
     """Images `(n, c, h, w)` and names of kinds `(n,)` of one file."""
     if not Path(path).is_file():
@@ -236,6 +244,7 @@ def _unreadable(name, error):
     """The error for a file that Pillow cannot read."""
     return ValueError(f'{name} must be a readable image; got: {error}: replace or delete it')
 
+# %% ../nbs/0_foundations/01b_datasets.ipynb #e5d8cd01
 def read_mask(source, size=None, name=None):
     """One mask as `(h, w)` bool, True above 127, resized by the nearest pixel, and its own (h, w).
 
@@ -268,6 +277,7 @@ def _pictures(folder):
     """The image files of a folder, in order of their names."""
     return sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in _SUFFIXES)
 
+# %% ../nbs/0_foundations/01b_datasets.ipynb #05eba36b
 def _mask_of(image, folder):
     """The mask file of a defect image: `<stem>_mask.*`, or `<stem>.*` as some sets have it."""
     names = [f'{image.stem}{end}{suffix}' for end in ('_mask', '') for suffix in _SUFFIXES]
@@ -275,6 +285,7 @@ def _mask_of(image, folder):
         if (folder / n).is_file(): return folder / n
     raise FileNotFoundError(f'{image} must have a mask, as a defect; got no {folder / names[0]}')
 
+# %% ../nbs/0_foundations/01b_datasets.ipynb #7a617aeb
 def mvtec(category, *, size=256, root=None, channels=None, reserve_per_kind=0, seed=0):
     """A category in MVTec AD's layout (Bergmann et al. 2019) as a `Task`, uint8, with masks.
 
@@ -316,12 +327,14 @@ def _listed(folder):
         raise FileNotFoundError(f'{folder} must hold training and test images; got {found}')
     return train, [p for p, _ in test], [k for _, k in test]
 
+# %% ../nbs/0_foundations/01b_datasets.ipynb #201b2a8c
 def _gray(path):
     """Whether an image file has one channel."""
     try:
         with Image.open(path) as f: return f.mode in ('1', 'L', 'LA')
     except OSError as e: raise _unreadable(path, e) from e
 
+# %% ../nbs/0_foundations/01b_datasets.ipynb #03727917
 def _own_mask(image, folder, size):
     """The mask of an image, `(h, w)` bool, after checking that it has the image's own size."""
     path = _mask_of(image, folder)
@@ -332,6 +345,7 @@ def _own_mask(image, folder, size):
         raise ValueError(f'the mask {path} must be {like}; got {shape}')
     return mask
 
+# %% ../nbs/0_foundations/01b_datasets.ipynb #d48a50c6
 def _folder_task(name, x, x_test, kinds, masks, per_kind, seed, words):
     """A task from a given split, with `per_kind` test defects of each kind moved to the reserve."""
     rng, aside = np.random.default_rng([seed, 1]), np.zeros(len(kinds), bool)
@@ -369,6 +383,7 @@ MVTEC = {k: v.split() for k, v in {             # the 15 categories and their ki
     'zipper': 'broken_teeth combined fabric_border fabric_interior rough '
               'split_teeth squeezed_teeth'}.items()}
 
+# %% ../nbs/0_foundations/01b_datasets.ipynb #a43075f4
 def _stand_in_mvtec(category, size, channels, per_kind, seed, kinds=None):
     """Drawn surfaces under the names of a category's defects, as a `Task`."""
     name = Path(category).name
@@ -415,6 +430,7 @@ def _tile_files(path):
 _TILES_HELP = ('Get them from github.com/abin24/Magnetic-tile-defect-datasets. and put the folder '
                'magnetic_tile, or magnetic_tile.zip, into AD_COURSE_DATA, or give its path.')
 
+# %% ../nbs/0_foundations/01b_datasets.ipynb #acad7c59
 def _default_tiles():
     """Where the tiles lie below `data_root()`."""
     names = 'magnetic_tile', 'magnetic_tile.zip', 'magnetic_tile_dev.zip'
@@ -443,6 +459,7 @@ def magnetic_tile(path=None, *, size=128, test_fraction=.3, reserve=.2, seed=0):
              f'{unmarked.sum()} defects with an empty mask left out')
     return replace(task, protocol=words, masks_test=masks[[place[d] for d in digests(task.x_test)]])
 
+# %% ../nbs/0_foundations/01b_datasets.ipynb #c502629e
 def _read_tiles(path, size):
     """Names of files, kinds `(n,)`, images `(n, 1, h, w)` uint8 and masks `(n, h, w)` bool."""
     files, names, read = _tile_files(path)
