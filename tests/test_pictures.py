@@ -759,7 +759,7 @@ UNSTYLED = {
     '13_sae',
     '14_cae',
     '15_vae',
-    '16_rda',
+   
     '17_aae',
     '18_rsrae',
     '19_advae',
