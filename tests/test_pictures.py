@@ -755,7 +755,6 @@ UNSTYLED = {
     '03_networks',
     '07_protocol',
     '08_backbones',
-    '12_dae',
     '13_sae',
     '14_cae',
     '15_vae',
