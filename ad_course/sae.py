@@ -6,57 +6,66 @@
 __all__ = ['one_layer', 'log_activity', 'sparsity_kl', 'SAE']
 
 # %% ../nbs/1_autoencoders/13_sae.ipynb #00000005
-import math, numbers
+import math
 from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
 from .ae import AE
-from .networks import ARCHS, squared_weights
+from .networks import ARCHS, decay_terms
 
 # %% ../nbs/1_autoencoders/13_sae.ipynb #00000008
 def one_layer(shape, code_dim):
     """Encoder and decoder of one linear layer each; what squeezes the code is up to the detector.
 
-    shape: (c, h, w). The encoder maps (b, c, h, w) -> (b, code_dim), plain numbers; the decoder maps back, to [0, 1].
+    shape: (c, h, w). The encoder maps (b, c, h, w) -> (b, code_dim), plain numbers.
+    The decoder maps back, to [0, 1].
     """
     d = math.prod(shape)
-    return dict(encoder=nn.Sequential(nn.Flatten(), nn.Linear(d, code_dim)),
-                decoder=nn.Sequential(nn.Linear(code_dim, d), nn.Sigmoid(), nn.Unflatten(1, tuple(shape))))
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(d, code_dim))
+    image = nn.Sigmoid(), nn.Unflatten(1, tuple(shape))
+    return dict(encoder=encoder, decoder=nn.Sequential(nn.Linear(code_dim, d), *image))
 
 # %% ../nbs/1_autoencoders/13_sae.ipynb #00000015
 def log_activity(logits):
-    """Logarithms of p^_j and of 1 - p^_j, where p^_j is the mean of sigmoid(logits) over the batch: (b, m) -> (m,), (m,)."""
-    if logits.dtype in (torch.float16, torch.bfloat16): logits = logits.float()  # a mean over a batch needs more digits
+    """Logarithms of p^_j, the mean of sigmoid(logits), and of 1 - p^_j: (b, m) -> (m,), (m,).
+
+    Equation (4). Half precision is widened: a mean over a batch needs more digits.
+    """
+    if logits.dtype in (torch.float16, torch.bfloat16): logits = logits.float()
     n = math.log(len(logits))
-    return F.logsigmoid(logits).logsumexp(0) - n, F.logsigmoid(-logits).logsumexp(0) - n  # equation (4)
+    return F.logsigmoid(logits).logsumexp(0) - n, F.logsigmoid(-logits).logsumexp(0) - n
 
 
 def sparsity_kl(logits, p):
-    """KL(p || p^_j) of each unit, p^_j being the mean of sigmoid(logits) over the batch: (b, m) -> (m,).
+    """KL(p || p^_j) of each unit, p^_j the mean of sigmoid(logits) over the batch: (b, m) -> (m,).
 
-    Finite, with a gradient that is not zero, also where every activation rounds to 0 or to 1.
+    Equation (2). Finite, with a gradient that is not zero, also where every activation rounds
+    to 0 or to 1.
     """
     on, off = log_activity(logits)
-    return p * (math.log(p) - on) + (1 - p) * (math.log(1 - p) - off)  # equation (2)
+    return p * (math.log(p) - on) + (1 - p) * (math.log(1 - p) - off)
 
 # %% ../nbs/1_autoencoders/13_sae.ipynb #0000001f
 @dataclass(kw_only=True, eq=False, repr=False)
 class SAE(AE):
-    """Sparse autoencoder: a wide code of sigmoid units, each asked for a mean activation of p (Ng 2011)."""
-    mixes_images = True       # the penalty is a function of a mean over the batch
+    """Sparse autoencoder: a wide code of sigmoid units, each asked for a mean activation of p.
+
+    Ng 2011. The score is the reconstruction error.
+    """
+    mixes_images = True            # the penalty is a function of a mean over the batch
     epochs: int = 100
     lr: float = 1e-2
-    code_dim: int = 128       # may be wider than the image
-    arch: str = 'layer'       # 'layer': one linear layer each way; or 'mlp', 'conv', 'auto', as for AE
-    p: float = .05            # mean activation that each unit is asked for
-    sparsity: float = 1e-3    # lambda of equation (3), against the mean squared error; 0 leaves the term out
+    code_dim: int = 128            # may be wider than the image
+    arch: str = 'layer'            # 'layer': one linear layer each way; or 'mlp', 'conv', 'auto'
+    p: float = .05                 # mean activation that each unit is asked for
+    sparsity_weight: float = 1e-3  # lambda of equation (3), beside the mean squared error
 
     def check_params(self):
         super().check_params()
-        self.require(self.arch in ('layer', *ARCHS), 'arch', f"'layer' or one of {ARCHS}")
-        self.require(isinstance(self.p, numbers.Real) and 0 < self.p < 1, 'p', 'a number between 0 and 1, both excluded')
-        self.require(isinstance(self.sparsity, numbers.Real) and 0 <= self.sparsity < float('inf'), 'sparsity', 'a number, 0 or more')
+        self.require_choice('arch', ('layer', *ARCHS))
+        self.require_number('p', above=0, below=1)
+        self.require_number('sparsity_weight', least=0)
 
     def networks(self, shape):
         return one_layer(shape, self.code_dim) if self.arch == 'layer' else super().networks(shape)
@@ -64,11 +73,12 @@ class SAE(AE):
     def logits(self, xb):
         """The code before the sigmoid: (b, c, h, w) -> (b, code_dim)."""
         return self.nets_.encoder(xb)
+
     def code(self, xb): return self.logits(xb).sigmoid()
 
     def loss(self, xb):
-        logits = self.logits(xb)
-        terms = dict(reconstruction=(xb - self.nets_.decoder(logits.sigmoid())).square().mean())
-        if self.weight_decay: terms['decay'] = self.weight_decay * squared_weights(self.nets_)
-        if self.sparsity: terms['sparsity'] = self.sparsity * sparsity_kl(logits, self.p).sum()  # equation (3)
+        logits, weight = self.logits(xb), self.sparsity_weight
+        error = (xb - self.nets_.decoder(logits.sigmoid())).square().mean()
+        terms = dict(reconstruction=error) | decay_terms(self.weight_decay, self.nets_)
+        if weight: terms['sparsity'] = weight * sparsity_kl(logits, self.p).sum()  # equation (3)
         return terms

@@ -1,4 +1,4 @@
-"""The sparse autoencoder: the divergence against independent formulas, and every term of the loss against mutants of it."""
+"""The sparse autoencoder: the divergence against independent formulas, the loss against mutants."""
 import math
 
 import numpy as np
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from ad_course.ae import AE
 from ad_course.data import digits
 from ad_course.check import check_detector
-from ad_course.detector import Detector
+from ad_course.metrics import auroc
 from ad_course.sae import SAE, log_activity, one_layer, sparsity_kl
 
 TASK = digits(anomalous=8)
@@ -26,7 +26,8 @@ def logits_of(*shape, scale=3, seed=0, dtype=torch.float64):
 def test_divergence_agrees_with_scipy(p):
     z = logits_of(40, 9)
     q = expit(z.numpy()).mean(0)
-    np.testing.assert_allclose(sparsity_kl(z, p), rel_entr(p, q) + rel_entr(1 - p, 1 - q), rtol=1e-10)
+    expected = rel_entr(p, q) + rel_entr(1 - p, 1 - q)
+    np.testing.assert_allclose(sparsity_kl(z, p), expected, rtol=1e-10)
 
 
 def test_log_activity_is_the_logarithm_of_the_mean_and_of_its_complement():
@@ -52,13 +53,15 @@ def test_dead_and_saturated_units_have_a_finite_value_and_a_gradient(dtype, logi
     value = sparsity_kl(z, .05)
     grad, = torch.autograd.grad(value.sum(), z)
     assert value.isfinite().all() and value > 0
-    torch.testing.assert_close(grad.sum(), torch.tensor(expit(logit) - .05, dtype=dtype), atol=1e-3, rtol=0)
+    expected = torch.tensor(expit(logit) - .05, dtype=dtype)
+    torch.testing.assert_close(grad.sum(), expected, atol=1e-3, rtol=0)
 
 
 def test_half_precision_is_widened():
     z = logits_of(512, 3, dtype=torch.float32)
     assert sparsity_kl(z.bfloat16(), .05).dtype == torch.float32
-    torch.testing.assert_close(sparsity_kl(z.bfloat16(), .05), sparsity_kl(z, .05), rtol=.02, atol=1e-3)
+    half, full = sparsity_kl(z.bfloat16(), .05), sparsity_kl(z, .05)
+    torch.testing.assert_close(half, full, rtol=.02, atol=1e-3)
 
 
 def test_zero_exactly_at_p_and_positive_elsewhere():
@@ -77,26 +80,32 @@ def test_columns_not_rows():
 
 def test_small_batches_cost_more_and_repeated_images_cost_the_same():
     z = logits_of(64, 8)
-    means = [torch.stack([sparsity_kl(part, .05).sum() for part in z.split(b)]).mean() for b in (1, 4, 16, 64)]
+    def mean_of(b): return torch.stack([sparsity_kl(part, .05).sum() for part in z.split(b)]).mean()
+    means = [mean_of(b) for b in (1, 4, 16, 64)]
     assert (np.diff(means) < 0).all()
     torch.testing.assert_close(sparsity_kl(z.repeat(3, 1), .05), sparsity_kl(z, .05))
 
 
 # ---------------------------------------------------------------- the loss, and its mutants
-def check_loss(kind):
+def check_loss(cls):
     """The terms of the loss against numpy, for weights that training left behind."""
-    d = kind(code_dim=10, p=.1, sparsity=.7, weight_decay=.01, epochs=2, batch_size=32, verbose=False).fit(X)
+    params = dict(code_dim=10, p=.1, sparsity_weight=.7, weight_decay=.01)
+    d = cls(**params, epochs=2, batch_size=32, verbose=False).fit(X)
     d.nets_.double()
     terms = d.loss(torch.tensor(X).double())
-    (W, b), (V, c) = ([p.detach().numpy() for p in net.parameters()] for net in (d.nets_.encoder, d.nets_.decoder))
-    a = expit(X.reshape(len(X), -1) @ W.T + b)
+    (W, b), (V, c) = ([p.detach().numpy() for p in net.parameters()]
+                      for net in (d.nets_.encoder, d.nets_.decoder))
+    rows = X.reshape(len(X), -1)
+    a = expit(rows @ W.T + b)
     q = a.mean(0)
+    expected = dict(reconstruction=((rows - expit(a @ V.T + c))**2).mean(),
+                    decay=.01 * ((W**2).sum() + (V**2).sum()),
+                    sparsity=.7 * (rel_entr(.1, q) + rel_entr(.9, 1 - q)).sum())
     total = {k: float(v.detach().mean()) for k, v in terms.items()}
-    assert set(total) == {'reconstruction', 'decay', 'sparsity'}, 'names of the terms'
-    np.testing.assert_allclose(total['reconstruction'], ((X.reshape(len(X), -1) - expit(a @ V.T + c))**2).mean(), rtol=1e-9, err_msg='reconstruction')
-    np.testing.assert_allclose(total['decay'], .01 * ((W**2).sum() + (V**2).sum()), rtol=1e-9, err_msg='decay')
-    np.testing.assert_allclose(total['sparsity'], .7 * (rel_entr(.1, q) + rel_entr(.9, 1 - q)).sum(), rtol=1e-9, err_msg='sparsity')
-    np.testing.assert_allclose(d.code(torch.tensor(X).double()).detach(), a, rtol=1e-9, err_msg='code')
+    assert set(total) == set(expected), 'names of the terms'
+    for k, v in expected.items(): np.testing.assert_allclose(total[k], v, rtol=1e-9, err_msg=k)
+    code = d.code(torch.tensor(X).double()).detach()
+    np.testing.assert_allclose(code, a, rtol=1e-9, err_msg='code')
 
 
 def changed(name, f):
@@ -107,30 +116,43 @@ def changed(name, f):
     return type('Mutant', (SAE,), dict(loss=loss))
 
 
-def copied_from_a_tutorial(self, xb, term):
-    q = self.code(xb).sigmoid().mean(1)
-    return self.sparsity * (self.p * (self.p / q).log() + (1 - self.p) * ((1 - self.p) / (1 - q)).log()).sum()
+def sparsity_as(penalty):
+    """A mutant of the second term: sparsity_weight times penalty(detector, xb)."""
+    return changed('sparsity', lambda self, xb, term: self.sparsity_weight * penalty(self, xb))
 
 
-def reverse(self, xb, term):
-    q = self.code(xb).mean(0)
-    return self.sparsity * ((q / self.p).log() * q + ((1 - q) / (1 - self.p)).log() * (1 - q)).sum()
+def copied_from_a_tutorial(self, xb):
+    q, p = self.code(xb).sigmoid().mean(1), self.p
+    return (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum()
+
+
+def reverse(self, xb):
+    q, p = self.code(xb).mean(0), self.p
+    return ((q / p).log() * q + ((1 - q) / (1 - p)).log() * (1 - q)).sum()
+
+
+def image_by_image(self, xb):
+    return torch.stack([sparsity_kl(z[None], self.p).sum() for z in self.logits(xb)]).mean()
+
+
+def all_decay(self, xb, term):
+    return self.weight_decay * sum(p.square().sum() for p in self.nets_.parameters())
 
 
 MUTANTS = {
     'no sparsity': changed('sparsity', lambda self, xb, term: 0 * term),
     'sign of sparsity': changed('sparsity', lambda self, xb, term: -term),
     'mean over units': changed('sparsity', lambda self, xb, term: term / self.code_dim),
-    'image by image': changed('sparsity', lambda self, xb, term: self.sparsity * torch.stack([sparsity_kl(z[None], self.p).sum() for z in self.logits(xb)]).mean()),
-    'the other direction': changed('sparsity', reverse),
-    'mean over units, sigmoid twice': changed('sparsity', copied_from_a_tutorial),
-    'L1': changed('sparsity', lambda self, xb, term: self.sparsity * self.code(xb).mean(0).sum()),
-    'p forgotten': changed('sparsity', lambda self, xb, term: self.sparsity * sparsity_kl(self.logits(xb), .05).sum()),
+    'image by image': sparsity_as(image_by_image),
+    'the other direction': sparsity_as(reverse),
+    'mean over units, sigmoid twice': sparsity_as(copied_from_a_tutorial),
+    'L1': sparsity_as(lambda self, xb: self.code(xb).mean(0).sum()),
+    'p forgotten': sparsity_as(lambda self, xb: sparsity_kl(self.logits(xb), .05).sum()),
     'no reconstruction': changed('reconstruction', lambda self, xb, term: 0 * term),
     'sign of reconstruction': changed('reconstruction', lambda self, xb, term: -term),
     'sum over pixels': changed('reconstruction', lambda self, xb, term: term * xb[0].numel()),
     'no decay': changed('decay', lambda self, xb, term: 0 * term),
-    'decay of biases too': changed('decay', lambda self, xb, term: self.weight_decay * sum(p.square().sum() for p in self.nets_.parameters())),
+    'decay of biases too': changed('decay', all_decay),
     'no sigmoid': type('Mutant', (SAE,), dict(code=lambda self, xb: self.logits(xb))),
 }
 
@@ -147,8 +169,8 @@ def test_mutant_of_the_loss_is_caught(name):
 SMALL = dict(epochs=25, batch_size=128, lr=1e-2, code_dim=64, verbose=False)
 
 
-def check_sparsifies(kind):
-    d = kind(sparsity=3e-3, **SMALL).fit(TASK.x_train)
+def check_sparsifies(cls):
+    d = cls(sparsity_weight=3e-3, **SMALL).fit(TASK.x_train)
     c = d.encode(TASK.x_test)
     assert .03 < c.mean() < .2, f'mean activation {c.mean():.3f}'
     assert (c.mean(0) > .02).all(), 'a unit was left behind'
@@ -158,35 +180,47 @@ def check_sparsifies(kind):
 def test_training_makes_the_code_sparse_and_keeps_units_alive(): check_sparsifies(SAE)
 
 
-@pytest.mark.parametrize('name', ['no sparsity', 'mean over units, sigmoid twice', 'no reconstruction'])
+ESSENTIAL = ['no sparsity', 'mean over units, sigmoid twice', 'no reconstruction']
+
+
+@pytest.mark.parametrize('name', ESSENTIAL)
 def test_without_the_term_it_does_not(name):
     with pytest.raises(AssertionError): check_sparsifies(MUTANTS[name])
 
 
 def test_strong_penalty_reaches_p():
-    d = SAE(sparsity=100., p=.2, epochs=150, batch_size=2000, lr=.03, code_dim=8, verbose=False).fit(X)
+    d = SAE(sparsity_weight=100., p=.2, code_dim=8, lr=.03, verbose=False)
+    d.set_params(epochs=150, batch_size=2000).fit(X)
     np.testing.assert_allclose(d.encode(X).mean(0), .2, atol=.01)
 
 
 def test_sparsity_helps_the_wide_code_more_than_any_penalty_does():
-    from ad_course.metrics import auroc
-    a = {name: auroc(TASK.y_test, SAE(**{**SMALL, 'code_dim': 128, 'epochs': 40}, **kw).fit(TASK.x_train).decision_function(TASK.x_test))
-         for name, kw in dict(sparse={}, none=dict(sparsity=0), half=dict(p=.5)).items()}
-    assert a['sparse'] > max(a['none'], a['half']) + .03, a
+    def found(**params):
+        d = SAE(**{**SMALL, 'code_dim': 128, 'epochs': 40}, **params).fit(TASK.x_train)
+        return auroc(TASK.y_test, d.decision_function(TASK.x_test))
+    sparse, none, half = found(), found(sparsity_weight=0), found(p=.5)
+    assert sparse > max(none, half) + .03, (sparse, none, half)
 
 
 # ---------------------------------------------------------------- the contract
 def test_without_sparsity_there_is_no_term_and_the_score_is_that_of_an_autoencoder():
-    d = SAE(sparsity=0, epochs=1, verbose=False).fit(X)
+    d = SAE(sparsity_weight=0, epochs=1, verbose=False).fit(X)
     assert set(d.history_) == {'reconstruction', 'seconds'}
-    assert SAE.image_score is AE.image_score and SAE.pixel_score is AE.pixel_score and SAE.mixes_images
+    assert SAE.image_score is AE.image_score and SAE.pixel_score is AE.pixel_score
+    assert SAE.mixes_images
 
 
-@pytest.mark.parametrize('params', [dict(arch='auto', weight_decay=1e-5, epochs=30), dict(arch='conv', epochs=15)], ids=str)
+DEEP = [dict(arch='auto', weight_decay=1e-5, epochs=30), dict(arch='conv', epochs=15)]
+WRONG = [dict(p=0), dict(p=1), dict(p='a'), dict(p=float('nan')), dict(p=True),
+         dict(sparsity_weight=-1), dict(sparsity_weight=float('inf')), dict(sparsity_weight=None),
+         dict(sparsity_weight=True), dict(arch='linear')]
+
+
+@pytest.mark.parametrize('params', DEEP, ids=str)
 def test_contract(params): check_detector(SAE(batch_size=32, **params))
 
 
-@pytest.mark.parametrize('params', [dict(p=0), dict(p=1), dict(p='a'), dict(p=float('nan')), dict(sparsity=-1), dict(sparsity=float('inf')), dict(sparsity=None), dict(arch='linear')], ids=str)
+@pytest.mark.parametrize('params', WRONG, ids=str)
 def test_wrong_parameters_are_named(params):
     with pytest.raises(ValueError, match=next(iter(params))): SAE(**params).fit(X)
 
