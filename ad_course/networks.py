@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARCHS', 'generator', 'mlp', 'pyramid', 'channels', 'conv_encoder', 'conv_decoder', 'resolve_arch', 'encoder',
-           'decoder', 'Critic', 'squared_weights', 'decay_terms']
+           'decoder', 'Critic', 'squared_weights', 'decay_terms', 'interpolate', 'gradient_norm', 'gradient_penalty']
 
 # %% ../nbs/0_foundations/03_networks.ipynb #00000005
 import math
@@ -17,9 +17,11 @@ def mlp(widths, activation=nn.ReLU, norm=False, bias=True):
     """Linear layers of the given widths, an activation between them and none after the last.
 
     widths: (in, hidden, ..., out). norm adds batch normalization before each activation.
-    bias=False leaves out every additive constant, those of the normalization too (Deep SVDD needs this).
+    bias=False leaves out every additive constant, those of the normalization too.
     """
-    if len(widths) < 2: raise ValueError(f'mlp needs at least an input and an output width, e.g. (64, 16); got {tuple(widths)}')
+    if len(widths) < 2:
+        raise ValueError('widths must hold an input and an output width at least, e.g. (64, 16); '
+                         f'got {tuple(widths)}')
     layers, last = [], len(widths) - 2
     for i, (a, b) in enumerate(pairwise(widths)):
         layers.append(nn.Linear(a, b, bias=bias))
@@ -28,8 +30,11 @@ def mlp(widths, activation=nn.ReLU, norm=False, bias=True):
 
 # %% ../nbs/0_foundations/03_networks.ipynb #0000000d
 def pyramid(h, w, smallest=4):
-    """Sizes of the maps from the image down: each half the last, rounded up, while the shorter side exceeds `smallest`."""
-    if min(h, w) < 1: raise ValueError(f'an image needs at least one pixel a side; got {h}x{w}')
+    """Sizes of the maps from the image down: each half the last, rounded up.
+
+    It ends where the shorter side is at most `smallest`. Raises ValueError for no pixels.
+    """
+    if min(h, w) < 1: raise ValueError(f'an image must have a pixel a side or more; got {h}x{w}')
     sizes = [(h, w)]
     while min(sizes[-1]) > smallest: sizes.append(tuple(math.ceil(s / 2) for s in sizes[-1]))
     return sizes
@@ -48,25 +53,26 @@ def conv_encoder(shape, code_dim, width=16, norm=True, bias=True):
     """
     c, h, w = shape
     sizes = pyramid(h, w)
-    chans = [c] + channels(width, len(sizes) - 1)
+    counts = [c] + channels(width, len(sizes) - 1)
     layers = []
-    for a, b in pairwise(chans):
-        layers += [nn.Conv2d(a, b, 3, stride=2, padding=1, bias=bias and not norm)]  # (b, 2c, h/2, w/2)
+    for a, b in pairwise(counts):   # (b, c, h, w) -> (b, 2c, h/2, w/2)
+        layers += [nn.Conv2d(a, b, 3, stride=2, padding=1, bias=bias and not norm)]
         layers += [nn.BatchNorm2d(b, affine=bias)] * norm + [nn.LeakyReLU(.2)]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(chans[-1] * math.prod(sizes[-1]), code_dim, bias=bias))
+    last = nn.Linear(counts[-1] * math.prod(sizes[-1]), code_dim, bias=bias)
+    return nn.Sequential(*layers, nn.Flatten(), last)
 
 # %% ../nbs/0_foundations/03_networks.ipynb #00000017
 def conv_decoder(shape, code_dim, width=16, norm=True, last=nn.Sigmoid):
-    """The mirror of `conv_encoder`: (b, code_dim) -> (b, c, h, w), exactly the image's size, odd sizes included.
+    """The mirror of `conv_encoder`: (b, code_dim) -> (b, c, h, w), odd sizes included.
 
     last: what squeezes the output. Sigmoid for images in [0, 1], None for a plain number.
     """
     c, h, w = shape
     sizes = pyramid(h, w)[::-1]
-    chans = channels(width, len(sizes) - 1)[::-1] + [c]
-    first = (chans[0], *sizes[0])
+    counts = channels(width, len(sizes) - 1)[::-1] + [c]
+    first = (counts[0], *sizes[0])
     layers = [nn.Linear(code_dim, math.prod(first)), nn.Unflatten(1, first)]  # (b, c', 4, 4)
-    for a, b, low, high in zip(chans, chans[1:], sizes, sizes[1:]):
+    for a, b, low, high in zip(counts, counts[1:], sizes, sizes[1:]):
         layers += [nn.BatchNorm2d(a)] * norm + [nn.ReLU()]
         kernel = tuple(4 if big == 2 * small else 3 for small, big in zip(low, high))
         layers += [nn.ConvTranspose2d(a, b, kernel, stride=2, padding=1)]  # (b, c/2, 2h, 2w)
@@ -85,16 +91,23 @@ def resolve_arch(shape, arch='auto'):
 def encoder(shape, code_dim, arch='auto', width=16, norm=None, bias=True):
     """An encoder for images of this shape: (b, c, h, w) -> (b, code_dim).
 
-    arch: 'mlp', 'conv', or 'auto' (see `resolve_arch`). norm: batch normalization; None means for 'conv' only.
+    arch: 'mlp', 'conv', or 'auto' (see `resolve_arch`).
+    norm: batch normalization; None means for 'conv' only.
     The hidden layer of the 'mlp' has 8 * width units.
     """
-    if resolve_arch(shape, arch) == 'conv': return conv_encoder(shape, code_dim, width, norm is not False, bias)
-    return nn.Sequential(nn.Flatten(), *mlp((math.prod(shape), 8 * width, code_dim), norm=bool(norm), bias=bias))
+    if resolve_arch(shape, arch) == 'conv':
+        return conv_encoder(shape, code_dim, width, norm is not False, bias)
+    widths = (math.prod(shape), 8 * width, code_dim)
+    return nn.Sequential(nn.Flatten(), *mlp(widths, norm=bool(norm), bias=bias))
 
 
 def decoder(shape, code_dim, arch='auto', width=16, norm=None, last=nn.Sigmoid):
-    """The mirror of `encoder`: (b, code_dim) -> (b, c, h, w); last=None leaves the output unsqueezed."""
-    if resolve_arch(shape, arch) == 'conv': return conv_decoder(shape, code_dim, width, norm is not False, last)
+    """The mirror of `encoder`: (b, code_dim) -> (b, c, h, w).
+
+    last=None leaves the output unsqueezed.
+    """
+    if resolve_arch(shape, arch) == 'conv':
+        return conv_decoder(shape, code_dim, width, norm is not False, last)
     stack = mlp((code_dim, 8 * width, math.prod(shape)), norm=bool(norm))
     return nn.Sequential(*stack, *([last()] if last else []), nn.Unflatten(1, tuple(shape)))
 
@@ -103,7 +116,10 @@ generator = decoder
 
 
 class Critic(nn.Module):
-    """An encoder that ends in one number: (b, c, h, w) -> (b,). `features` gives the layer before: (b, features_dim)."""
+    """An encoder that ends in one number: (b, c, h, w) -> (b,).
+
+    `features` gives the layer before: (b, features_dim).
+    """
     def __init__(self, shape, features_dim=64, arch='auto', width=16, norm=False):
         super().__init__()
         self.body = nn.Sequential(encoder(shape, features_dim, arch, width, norm), nn.LeakyReLU(.2))
@@ -124,3 +140,35 @@ def squared_weights(net):
 def decay_terms(weight, net):
     """dict(decay=weight * squared_weights(net)), to be added to a loss; {} where weight is 0."""
     return dict(decay=weight * squared_weights(net)) if weight else {}
+
+# %% ../nbs/0_foundations/03_networks.ipynb #d779b029
+def interpolate(a, b, rng=None):
+    """Points on the segments from images a to b, one coefficient an image: (b, c, h, w).
+
+    rng: a torch.Generator. Raises ValueError for unlike shapes.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f'a and b must have one shape; got {tuple(a.shape)} and {tuple(b.shape)}')
+    e = torch.rand(len(a), *[1] * (a.ndim - 1), device=a.device, dtype=a.dtype, generator=rng)
+    return a + e * (b - a)
+
+
+def gradient_norm(f, x):
+    """Euclidean norm of the gradient of f at each image: (b, ...) -> (b,); 32 bits or more.
+
+    f maps (b, ...) -> (b,), image by image. The result can be differentiated once more.
+    """
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        x = x.detach() if x.dtype == torch.float64 else x.detach().float()
+        x.requires_grad_(True)
+        slope, = torch.autograd.grad(f(x).sum(), x, create_graph=True)
+        return slope.flatten(1).norm(dim=1)
+
+
+def gradient_penalty(critic, real, fake, rng=None):
+    """(|gradient| - 1)^2 between real and fake images, (b,): Gulrajani et al. 2017, equation 3.
+
+    It can move the critic and nobody else: the images are constants here.
+    """
+    between = interpolate(real.detach(), fake.detach(), rng)
+    return (gradient_norm(critic, between) - 1).square()
