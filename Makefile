@@ -1,4 +1,5 @@
-# make lab        open the course in JupyterLab       make test   prove everything (make test FAST=1: without the notebooks)
+# make lab        open the course in JupyterLab       make test   prove everything (FAST=1: without notebooks
+#                                                     and slow tests; ONLY=nbs/...ipynb: that and what imports it)
 # make notebooks  run notebooks again, keep outputs   make sync   clean notebooks, export modules, make the README
 # make docs       build the site (needs Quarto)       make clean  remove what these commands made
 PYTHON ?= python3
@@ -26,7 +27,7 @@ lab: $(READY)
 	$(RUN) jupyter lab nbs/index.ipynb
 
 test: $(READY)
-	$(RUN) python -m tests $(if $(FAST),--fast)
+	$(RUN) python -m tests $(if $(FAST),--fast) $(ONLY)
 
 # What the test in a real browser needs, besides a Chromium on the machine.
 browser: $(VENV)/browser

@@ -1,112 +1,124 @@
-"""Everything that is to be proven, in order, stopping at the first stage that fails.   python -m tests [--fast]
+"""Everything that is to be proven, on all cores.   python -m tests [--fast] [NOTEBOOK ...]
 
-  sync       notebooks, package and README agree (nothing is changed: a copy is compared)
-  notebooks  nbdev_test runs every notebook, as users run it
-  pytest     what cuts across chapters
+  sync       notebooks, package and README agree (a copy is compared); where they do not, nothing else is run
+  notebooks  every notebook as nbdev_test runs it, and its cells for a GPU, shrunk
+  tests      what cuts across chapters: the files of tests/, by pytest
 
---fast leaves out the notebooks and the tests marked slow. A stage in which nothing ran has failed."""
+With notebooks named, only these, the tests of their modules, and the notebooks and tests of what imports those modules.
+--fast leaves out the notebooks and the tests marked slow. A notebook or a file in which nothing ran has failed."""
 import argparse
+import json
 import os
-import re
-import signal
-import subprocess
 import sys
-import tempfile
-import threading
 import time
-import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from .project import QUIET, ROOT, command, environment, notebook_paths
-from .sync import ADVICE, differences
+from . import jobs, pool
+from .project import QUIET, ROOT, notebook_paths, settings
+from .scope import concerned, expected_seconds
+
+SLOWEST = 12
 
 
-SAID = re.compile(r'(Starting|- Completed) (\S.*?\.ipynb)')
+def listed(root=ROOT, fast=False, only=()):
+    """The jobs: sync first, then the longest first, so that no core is idle at the end."""
+    root = Path(root)
+    books, files = notebook_paths(root), sorted((root/'tests').glob('test_*.py'))
+    if not books: raise SystemExit('FAILED: there is no notebook to test')
+    if not files: raise SystemExit('FAILED: there is no file of tests')
+    if left_out := set(books) - set(of_nbdev(root)):
+        raise SystemExit(f'FAILED: nbdev_test would not run {sorted(p.name for p in left_out)} (a .notest file?)')
+    words = {}
+    if only: books, files, words = concerned(only, root)
+    options = lambda file: ['-m', 'not slow'] if fast else ['-k',
+                                                            words[file]] if file in words else []
+    relative = lambda path: path.relative_to(root).as_posix()
+    found = [] if fast else [pool.Job(relative(p), jobs.notebook,
+                                      (str(p), str(root))) for p in books]
+    found += [pool.Job(relative(p), jobs.tests, (relative(p), options(p),
+                                                 str(root))) for p in files]
+    return [pool.Job('sync', jobs.sync, (str(root),)),
+            *sorted(found, key=lambda job: -expected_seconds(job.name))]
 
 
-class Failed(Exception):
-    """A stage did not pass; says what to look at."""
+def of_nbdev(root=ROOT):
+    """The notebooks that the command nbdev_test would run."""
+    from nbdev.doclinks import nbglob
+    from nbdev.test import _keep_file
+    found = nbglob(Path(root)/settings(root)['nbs_path'], as_path=True)
+    return [p.absolute() for p in found if _keep_file(p, '.notest')]
 
 
-def sync(root=ROOT):
-    """nbdev_clean, nbdev_export and the README would change no file."""
-    found = differences(root)
-    for name, reason in found.items(): print(f'{name}\n    ' + reason.replace('\n', '\n    '))
-    if found: raise Failed(f'out of sync: {", ".join(found)}. To make them agree, {ADVICE}.')
-    return f'{len(notebook_paths(root))} notebooks in sync'
+def prove(found, say=print, workers=None):
+    """Runs the jobs, says how each ended, and returns what they found; a sync that fails ends all."""
+    total = dict(passed=[], failed=[], skipped={}, parts={}, jobs={})
+    for done in pool.run(found, workers):
+        name, value = done.job.name, done.value
+        if value is None:
+            value = dict(passed=[], failed=[f'{name}: {done.why}'], skipped={}, parts={})
+        if not (value['passed'] or value['failed'] or value['skipped']):
+            say(f'{done.seconds:7.1f} s  {name}: nothing of it was asked for')
+        else:
+            counts = ', '.join(f'{len(value[k])} {k}' for k in jobs.NAMES if value[k])
+            say(f'{done.seconds:7.1f} s  {name}: {counts}')
+        if value['failed']:
+            say(f'---- {name}\n{done.said.strip()}\n---- {done.why or "failed"}: {", ".join(value["failed"])}\n')
+        for key in ('passed', 'failed'): total[key] += value[key]
+        for key in ('skipped', 'parts'): total[key] |= value[key]
+        total['jobs'][name] = done.cpu
+        if name == 'sync' and value['failed']: break
+    return total
 
 
-def kill(process):
-    """Ends a process and those that it started."""
-    if os.name == 'posix': os.killpg(process.pid, signal.SIGKILL)
-    else: subprocess.run(['taskkill', '/F', '/T', '/PID', str(process.pid)], capture_output=True)
-
-
-def notebooks(root=ROOT, limit=3600):
-    """`nbdev_test` over all notebooks, each once; its output is watched, because it succeeds also where it ran none."""
-    expected = {p.relative_to(root).as_posix() for p in notebook_paths(root)}
-    if not expected: raise Failed('there is no notebook to test')
-    args = [command('nbdev_test'), '--n_workers', '2', '--do_print', '--timing']
-    print('$ nbdev_test', *args[1:], flush=True)
-    process = subprocess.Popen(args, cwd=root, text=True, encoding='utf8', errors='replace', stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               env=environment(**QUIET, PYTHONWARNINGS='ignore::DeprecationWarning'), start_new_session=True)
-    late = threading.Event()
-    clock = threading.Timer(limit, lambda: (late.set(), kill(process)))
-    clock.start()
-    begun, seconds = {}, {}
-    try:
-        for line in process.stdout:
-            # The workers write to one pipe, and a line may hold the words of both.
-            for word, path in SAID.findall(line):
-                name = Path(path).resolve().relative_to(root.resolve()).as_posix()
-                if word == 'Starting': begun[name] = time.time(); continue
-                seconds[name] = time.time() - begun[name]
-                print(f'{seconds[name]:7.1f} s  {name}', flush=True)
-            # --timing says the same at the end, in whole seconds
-            rest = SAID.sub('', line)
-            if rest.strip() and not re.match(r'\S+\.ipynb: \d+ secs\s*$', rest): print(rest, end='', flush=True)
-        code = process.wait()
-    except BaseException:
-        if process.poll() is None: kill(process)
-        raise
-    finally: clock.cancel()
-    if late.is_set(): raise Failed(f'nbdev_test was stopped after {limit} s; unfinished: {sorted(begun.keys() - seconds.keys())}')
-    if code: raise Failed('nbdev_test failed; it names the notebooks above')
-    if missed := expected - begun.keys(): raise Failed(f'nbdev_test did not run {sorted(missed)} (a .notest file, skip_exec, or another kernel?)')
-    return f'{len(begun)} notebooks ran'
-
-
-def tests(root=ROOT, fast=False):
-    """pytest over tests/; at least one test must have passed."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder)/'report.xml'
-        args = [sys.executable, '-m', 'pytest', 'tests', '-ra', '--durations=10', '--durations-min=5', f'--junitxml={report}']
-        if fast: args += ['-m', 'not slow']
-        print('$ pytest tests', *args[8:], flush=True)
-        code = subprocess.run(args, cwd=root, env=environment(**QUIET)).returncode
-        if code: raise Failed({5: 'pytest found no test'}.get(code, 'pytest failed; it names the tests above'))
-        suite = ET.parse(report).getroot().find('testsuite')
-        count, skipped = int(suite.get('tests')), int(suite.get('skipped'))
-    if count == skipped: raise Failed('every test was skipped')
-    return f'{count - skipped} tests passed' + (f', {skipped} skipped' if skipped else '')
+def summary(total, seconds, say=print):
+    """The last lines; whether all went well."""
+    reasons = {}
+    for name, why in total['skipped'].items(): reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        say(f'skipped: {names[0]}{f" and {len(names) - 1} more" if len(names) > 1 else ""}: {why}')
+    slowest = sorted(total['parts'].items(), key=lambda part: -part[1])[:SLOWEST]
+    say(f'\nthe slowest parts, in seconds of the processor (of {sum(total["jobs"].values()):.0f} in all):')
+    for name, cpu in slowest: say(f'{cpu:7.1f} s  {name}')
+    books = sum(name.endswith('.ipynb') for name in total['passed'])
+    ran = bool(total['passed']) and not total['failed']
+    say(f'\n{"PASSED" if ran else "FAILED"} in {seconds:.0f} s; {books} notebooks ran.')
+    for name in total['failed']: say(f'  failed: {name}')
+    say(f'{len(total["passed"])} passed, {len(total["failed"])} failed, {len(total["skipped"])} skipped')
+    return ran
 
 
 def main():
-    """Runs the stages and prints a plain summary as the last line."""
-    parser = argparse.ArgumentParser(prog='python -m tests', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--fast', action='store_true', help='leave out the notebooks and the slow tests')
-    fast = parser.parse_args().fast
-    stages = [('sync', sync)] + ([] if fast else [('notebooks', notebooks)]) + [('pytest', lambda: tests(fast=fast))]
-    began, done = time.time(), []
-    for name, stage in stages:
-        print(f'\n== {name} ==', flush=True)
-        start = time.time()
-        try: done.append(stage())
-        except (Failed, RuntimeError, OSError, ValueError) as e:
-            print(f'-- {name} failed after {time.time() - start:.0f} s', flush=True)
-            sys.exit(f'\nFAILED in {name}: {e}')
-        print(f'-- {name} passed in {time.time() - start:.0f} s', flush=True)
-    print(f'\nPASSED in {time.time() - began:.0f} s: ' + '; '.join(done) + '.')
+    """The command line."""
+    parser = argparse.ArgumentParser(prog='python -m tests', description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--fast', action='store_true',
+                        help='leave out the notebooks and the slow tests')
+    parser.add_argument('--workers', type=int,
+                        help='how many jobs at once (the cores of the machine)')
+    parser.add_argument('--times',
+                        help='a file, .md or .json, for the seconds that everything took')
+    parser.add_argument('only', nargs='*', metavar='NOTEBOOK',
+                        help='only this notebook and what imports it')
+    args = parser.parse_args()
+    os.environ.update(QUIET, PYTHONWARNINGS='ignore::DeprecationWarning')
+    began = time.time()
+    total = prove(listed(fast=args.fast, only=args.only), lambda text: print(text, flush=True),
+                  args.workers)
+    well = summary(total, time.time() - began)
+    if args.times:
+        Path(args.times).write_text(times(total, args.times.endswith('.json')), encoding='utf8')
+    sys.exit(not well)
+
+
+def times(total, as_json):
+    """Seconds of the processor of every job as JSON; or of every job, cell and test (above a fifth of one) as Markdown."""
+    if as_json:
+        return json.dumps({name: round(cpu) for name, cpu in sorted(total['jobs'].items())},
+                          indent=0) + '\n'
+    longest = lambda found: sorted(found.items(), key=lambda item: -item[1])
+    rows = [*longest(total['jobs']), *(item for item in longest(total['parts']) if item[1] > .2)]
+    return '\n'.join(['| notebook, file, cell or test | CPU s |', '|:--|--:|',
+                      *(f'| {n} | {s:.1f} |' for n, s in rows)]) + '\n'
 
 
 if __name__ == '__main__':

@@ -17,7 +17,9 @@ def small(png):
     """A base64 PNG with a palette of 256 colors; no pixel changes visibly (by 5 of 255 at most on the course's figures)."""
     from PIL import Image
     raw, new = base64.b64decode(png), io.BytesIO()
-    Image.open(io.BytesIO(raw)).convert('RGB').quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(new, 'PNG', optimize=True)
+    Image.open(io.BytesIO(raw)).convert('RGB').quantize(256, method=Image.Quantize.MAXCOVERAGE,
+                                                        dither=Image.Dither.NONE).save(new, 'PNG',
+                                                                                       optimize=True)
     return base64.b64encode(min(raw, new.getvalue(), key=len)).decode() + '\n'
 
 
@@ -37,7 +39,9 @@ def execute(path, limit=1800):
     client = Client(nb, timeout=limit, kernel_name='python3', resources=dict(metadata=dict(path=str(Path(path).parent))),
                     coalesce_streams=True, store_widget_state=False, record_timing=False)
     client.execute(env=env)
-    for data in [o['data'] for c in nb.cells for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]:
+    for data in [o['data'] for c in nb.cells for o in c.get('outputs',
+                                                            []) if 'image/png' in o.get('data',
+                                                                                        {})]:
         data['image/png'] = small(data['image/png'])
     new = Path(path).with_name(f'.{Path(path).name}.new')
     try:
@@ -50,7 +54,8 @@ def main(names):
     """Executes the notebooks named, or all, then cleans and exports; stops at the first that fails."""
     paths = [Path(n).resolve() for n in names] or notebook_paths()
     missing = [str(p) for p in paths if not p.is_file()]
-    if missing or not paths: sys.exit(f'no such notebook: {", ".join(missing)}' if missing else 'there is no notebook')
+    if missing or not paths:
+        sys.exit(f'no such notebook: {", ".join(missing)}' if missing else 'there is no notebook')
     # Later notebooks import what earlier ones export.
     sync.run_nbdev(ROOT)
     for path in paths:

@@ -28,7 +28,8 @@ def environment(**changes):
 def command(name):
     """The program that pip installed beside this Python."""
     found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
-    if not found: raise FileNotFoundError(f"{name} is not installed beside {sys.executable}: run `make`, or pip install -e '.[dev]'")
+    if not found:
+        raise FileNotFoundError(f"{name} is not installed beside {sys.executable}: run `make`, or pip install -e '.[dev]'")
     return found
 
 
@@ -36,7 +37,8 @@ def command(name):
 def settings(root=ROOT):
     """settings.ini as a mapping."""
     config = ConfigParser(delimiters=['='])
-    if not config.read(root/'settings.ini', encoding='utf8'): raise FileNotFoundError(f'no settings.ini in {root}')
+    if not config.read(root/'settings.ini', encoding='utf8'):
+        raise FileNotFoundError(f'no settings.ini in {root}')
     return config['DEFAULT']
 
 
@@ -49,7 +51,8 @@ def notebook_paths(root=ROOT):
 
 def project_files(root=ROOT):
     """What git tracks or would add, as paths from the root; without git, all files outside hidden and built folders."""
-    git = subprocess.run(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'], cwd=root, capture_output=True)
+    git = subprocess.run(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'],
+                         cwd=root, capture_output=True)
     if git.returncode == 0 and git.stdout:
         names = {Path(n) for n in git.stdout.decode('utf8').split('\0') if n}
         return sorted(p for p in names if (root/p).is_file())
@@ -63,7 +66,21 @@ def project_files(root=ROOT):
 
 def modules(root=ROOT):
     """The modules of the package by name, without the private ones."""
-    return {p.stem: p for p in sorted((root/settings(root)['lib_path']).glob('*.py')) if not p.stem.startswith('_')}
+    return {p.stem: p
+            for p in sorted((root/settings(root)['lib_path']).glob('*.py')) if not p.stem.startswith('_')}
+
+
+def own_imports(tree, lib=None):
+    """The course's own modules that a syntax tree imports, anywhere in it."""
+    lib, found = lib or settings()['lib_path'], set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import): full = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = f'{lib}.{node.module or ""}'.strip('.') if node.level else node.module
+            full = [f'{base}.{a.name}' for a in node.names] if base == lib else [base]
+        else: continue
+        found |= {name.split('.')[1] for name in full if name.startswith(f'{lib}.')}
+    return found
 
 
 class Cell:
@@ -73,7 +90,8 @@ class Cell:
         self.source = ''.join(raw['source'])
         self.outputs = raw.get('outputs', [])
 
-    def __repr__(self): return f'cell {self.index} ({self.code.strip().splitlines()[0][:60] if self.code.strip() else "empty"})'
+    def __repr__(self):
+        return f'cell {self.index} ({self.code.strip().splitlines()[0][:60] if self.code.strip() else "empty"})'
 
     @property
     def is_code(self): return self.kind == 'code' and bool(self.source.strip())
@@ -82,7 +100,8 @@ class Cell:
     def flags(self):
         """Directives such as `#| export` or `#| eval: false`, by name, with the words that follow."""
         if self.kind != 'code': return {}
-        found = re.findall(r'^[ \t]*#[ \t]*\|[ \t]*([\w-]+)[ \t]*(:?)[ \t]*(.*)$', self.source, re.M)
+        found = re.findall(r'^[ \t]*#[ \t]*\|[ \t]*([\w-]+)[ \t]*(:?)[ \t]*(.*)$', self.source,
+                           re.M)
         return {name + colon: rest.strip() for name, colon, rest in found}
 
     @property
@@ -99,7 +118,8 @@ class Cell:
     def code(self):
         """The source without directives, with IPython's `!` and `%` lines turned into Python."""
         text = re.sub(r'^[ \t]*#[ \t]*\|.*$', '', self.source, flags=re.M)
-        if self.kind != 'code' or not re.search(r'^\s*[!%]|=\s*[!%]|\?\s*$', text, re.M): return text
+        if self.kind != 'code' or not re.search(r'^\s*[!%]|=\s*[!%]|\?\s*$', text, re.M):
+            return text
         from IPython.core.inputtransformer2 import TransformerManager
         return TransformerManager().transform_cell(text.strip('\n'))
 
@@ -112,7 +132,8 @@ class Notebook:
     def __init__(self, path, root=ROOT):
         self.path, self.root = Path(path), root
         try: self.raw = json.loads(self.path.read_text(encoding='utf8'))
-        except json.JSONDecodeError as e: raise ValueError(f'{self.path} is not a notebook: {e}') from e
+        except json.JSONDecodeError as e:
+            raise ValueError(f'{self.path} is not a notebook: {e}') from e
         self.cells = [Cell(i, c) for i, c in enumerate(self.raw['cells'])]
 
     def __repr__(self): return self.name
@@ -156,5 +177,6 @@ def write_notebook(path, *sources):
              dict(cell_type='code', id=f'{i:08x}', metadata={}, outputs=[], execution_count=None, source=s) for i, s in enumerate(sources)]
     kernel = dict(name='python3', language='python', display_name='python3')
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dict(cells=cells, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)), encoding='utf8')
+    path.write_text(json.dumps(dict(cells=cells, metadata=dict(kernelspec=kernel), nbformat=4,
+                                    nbformat_minor=5)), encoding='utf8')
     return path

@@ -30,12 +30,16 @@ def prepared(nb, folder):
     """The notebook's cells as a README shows them, and the pictures among its outputs by path from the root."""
     cells, pictures = [], {}
     for number, cell in enumerate(nb.cells):
-        flags = re.findall(r'^[ \t]*#[ \t]*\|[ \t]*([\w-]+:?)[ \t]*(.*)$', cell.source, re.M) if cell.cell_type == 'code' else []
+        flags = re.findall(r'^[ \t]*#[ \t]*\|[ \t]*([\w-]+:?)[ \t]*(.*)$', cell.source,
+                           re.M) if cell.cell_type == 'code' else []
         flags = {name: rest.strip() for name, rest in flags}
         # The cell that installs the course in Colab is for notebooks only.
-        if cell.cell_type == 'raw' or flags.keys() & {'hide', 'default_exp'} or flags.get('include:') == 'false' or '/content' in cell.source: continue
+        if cell.cell_type == 'raw' or flags.keys() & {'hide',
+                                                      'default_exp'} or flags.get('include:') == 'false' or '/content' in cell.source:
+            continue
         if cell.cell_type == 'markdown':
-            if number == 0: cell.source = re.sub(r'^>\s?', '', cell.source, flags=re.M).replace('\n', '\n\n', 1)
+            if number == 0:
+                cell.source = re.sub(r'^>\s?', '', cell.source, flags=re.M).replace('\n', '\n\n', 1)
             cell.source = rebase(cell.source, folder)
         else:
             cell.source = re.sub(r'^[ \t]*#[ \t]*\|.*\n?', '', cell.source, flags=re.M).strip()
@@ -60,10 +64,12 @@ def render(root=ROOT):
     from nbconvert import MarkdownExporter
     folder, name = settings(root)['nbs_path'], 'index.ipynb'
     nb, pictures = prepared(nbformat.read(root/folder/name, as_version=4), folder)
-    text, _ = MarkdownExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(nb)
+    text, _ = MarkdownExporter(exclude_input_prompt=True,
+                               exclude_output_prompt=True).from_notebook_node(nb)
     text = re.sub(r'^```python\n+```$', '', text, flags=re.M)
     text = re.sub(r'[ \t]+$', '', text, flags=re.M)
-    text = NOTICE.format(posixpath.join(folder, name)) + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
+    text = NOTICE.format(posixpath.join(folder, name)) + re.sub(r'\n{3,}', '\n\n',
+                                                                text).strip() + '\n'
     return {'README.md': text.encode('utf8'), **pictures}
 
 
@@ -81,5 +87,6 @@ def write(root=ROOT):
 
 
 if __name__ == '__main__':
-    if not (ROOT/settings()['nbs_path']/'index.ipynb').exists(): sys.exit('nbs/index.ipynb, from which README.md is made, is not there')
+    if not (ROOT/settings()['nbs_path']/'index.ipynb').exists():
+        sys.exit('nbs/index.ipynb, from which README.md is made, is not there')
     print('wrote', ', '.join(write()))

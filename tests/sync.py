@@ -44,14 +44,16 @@ def text(path):
 
 def differences(root=ROOT):
     """The files that nbdev_clean, nbdev_export or the README's maker would change, each with a few lines of why."""
-    if not notebook_paths(root): raise RuntimeError(f'no notebook in {root/settings(root)["nbs_path"]}')
+    if not notebook_paths(root):
+        raise RuntimeError(f'no notebook in {root/settings(root)["nbs_path"]}')
     for path in notebook_paths(root): json.loads(path.read_text(encoding='utf8'))
     with tempfile.TemporaryDirectory() as folder:
         copy = copy_project(Path(folder), root)
         run_nbdev(copy)
         if (copy/settings(root)['nbs_path']/'index.ipynb').exists(): readme.write(copy)
         watched = {p.relative_to(base) for base in (root, copy) for top in (settings(root)['nbs_path'], settings(root)['lib_path'])
-                   for pattern in ('*.ipynb', '*.py', 'images/index_*.png') for p in (base/top).rglob(pattern)
+                   for pattern in ('*.ipynb', '*.py',
+                                   'images/index_*.png') for p in (base/top).rglob(pattern)
                    if not {'.ipynb_checkpoints', '__pycache__'} & set(p.parts)}
         watched |= {Path(n) for n in ('README.md', 'pyproject.toml') if (copy/n).exists()}
         pairs = {name: (text(root/name), text(copy/name)) for name in sorted(watched)}
@@ -64,7 +66,9 @@ def why(old, new, lines=6):
     if new is None: return 'would be gone'
     try: old, new = old.decode('utf8').splitlines(), new.decode('utf8').splitlines()
     except UnicodeDecodeError: return 'differs'
-    changed = [l[:120] for l in difflib.unified_diff(old, new, n=0, lineterm='') if not l.startswith(('---', '+++', '@@'))]
+    changed = [l[:120] for l in difflib.unified_diff(old, new, n=0,
+                                                     lineterm='') if not l.startswith(('---', '+++',
+                                                                                       '@@'))]
     return '\n'.join(changed[:lines])
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from . import __main__ as stages
-from . import execute, sync
+from . import execute, jobs, sync
 from .project import ROOT, Notebook, environment, notebook_paths, project_files, settings, write_notebook
 
 
@@ -20,6 +20,8 @@ def project(tmp_path):
     (tmp_path/'ad_course'/'__init__.py').touch()
     write_notebook(tmp_path/'nbs'/'01_one.ipynb', '# One', '#| default_exp one', '#| exports\ndef one():\n    "One."\n    return 1', 'assert one() == 1', 'print(one())')
     write_notebook(tmp_path/'nbs'/'index.ipynb', '# Top', 'x = 1')
+    (tmp_path/'tests').mkdir()
+    (tmp_path/'tests'/'test_a.py').write_text('def test_a(): pass', encoding='utf8')
     sync.run_nbdev(tmp_path)
     sync.readme.write(tmp_path)
     return tmp_path
@@ -34,7 +36,7 @@ def edit(path, old, new): path.write_text(path.read_text(encoding='utf8').replac
 # ---------------------------------------------------------------- sync
 def test_in_sync_changes_nothing(project):
     before = digests(project)
-    assert sync.differences(project) == {} and stages.sync(project) == '2 notebooks in sync'
+    assert sync.differences(project) == {} and jobs.sync(project)['passed'] == ['sync']
     assert digests(project) == before
 
 
@@ -43,10 +45,11 @@ def test_in_sync_changes_nothing(project):
 def test_out_of_sync_is_named_and_nothing_is_lost(project, name, old, new, capsys):
     edit(project/name, old, new)
     before = digests(project)
-    with pytest.raises(stages.Failed, match='make sync'): stages.sync(project)
+    found = jobs.sync(project)
     assert digests(project) == before
     expected = 'ad_course/one.py' if 'return' in old else name
-    assert list(sync.differences(project)) == [expected] and expected in capsys.readouterr().out
+    assert found['failed'] == [expected] == list(sync.differences(project))
+    assert expected in (said := capsys.readouterr().out) and 'make sync' in said
 
 
 def test_a_module_that_was_never_exported_is_named(project):
@@ -71,44 +74,107 @@ def test_sync_without_notebooks_has_failed(project):
     with pytest.raises(RuntimeError, match='no notebook'): sync.differences(project)
 
 
-# ---------------------------------------------------------------- notebooks
-def test_notebooks_run_once_and_are_counted(project, capfd):
-    assert stages.notebooks(project) == '2 notebooks ran'
-    said = capfd.readouterr().out
-    assert said.count('nbs/01_one.ipynb') == 1 and 'Success.' in said
+# ---------------------------------------------------------------- jobs
+def proven(project, *names, **options):
+    """What `prove` finds for the jobs of a project whose names contain one of these words."""
+    found = [job for job in stages.listed(project, **options) if any(n in job.name for n in names)]
+    return stages.prove(found, workers=2)
 
 
-def test_a_failing_notebook_fails_and_is_named(project, capfd):
+def test_notebooks_run_once_and_are_counted(project, capsys):
+    total = proven(project, 'ipynb')
+    assert sorted(total['passed']) == ['nbs/01_one.ipynb', 'nbs/index.ipynb']
+    assert not total['failed']
+    said = capsys.readouterr().out
+    assert said.count('nbs/01_one.ipynb: 1 passed') == 1
+
+
+def test_a_failing_notebook_fails_and_is_named(project, capsys):
     write_notebook(project/'nbs'/'02_two.ipynb', 'assert 1 == 2, "no"')
-    with pytest.raises(stages.Failed): stages.notebooks(project)
-    assert 'Failed On The Following Notebooks' in (said := capfd.readouterr().out) and '02_two.ipynb' in said and 'no' in said
+    total = proven(project, 'ipynb')
+    assert total['failed'] == ['nbs/02_two.ipynb'] and len(total['passed']) == 2
+    assert 'assert 1 == 2, "no"' in capsys.readouterr().out
 
 
 def test_a_notebook_that_nbdev_leaves_out_is_a_failure(project):
     write_notebook(project/'nbs'/'part'/'02_two.ipynb', 'x = 1')
     (project/'nbs'/'part'/'.notest').touch()
-    with pytest.raises(stages.Failed, match='02_two'): stages.notebooks(project)
+    with pytest.raises(SystemExit, match='02_two'): stages.listed(project)
 
 
-def test_no_notebook_is_a_failure(project):
-    for p in notebook_paths(project): p.unlink()
-    with pytest.raises(stages.Failed, match='no notebook'): stages.notebooks(project)
+@pytest.mark.parametrize('what', ['notebook', 'tests'])
+def test_nothing_to_run_is_a_failure(project, what):
+    if what == 'notebook':
+        for p in notebook_paths(project): p.unlink()
+    else: shutil.rmtree(project/'tests')
+    with pytest.raises(SystemExit, match=f'no .*{what}'): stages.listed(project)
 
 
-def test_a_notebook_that_hangs_is_stopped_and_named(project):
+def test_a_job_that_hangs_is_stopped_and_named(project):
     write_notebook(project/'nbs'/'02_two.ipynb', 'import time; time.sleep(600)')
-    with pytest.raises(stages.Failed, match='02_two'): stages.notebooks(project, limit=6)
+    job, = (job for job in stages.listed(project) if '02_two' in job.name)
+    job.limit = 6
+    total = stages.prove([job])
+    assert 'stopped after 6 s' in total['failed'][0] and not total['passed']
 
 
-# ---------------------------------------------------------------- pytest
-@pytest.mark.parametrize('body, outcome', [('def test_a(): pass', None), ('def test_a(): assert 0', 'pytest failed'), ('x = 1', 'found no test'),
-    ('import pytest\ndef test_a(): pytest.skip("why")', 'skipped')])
-def test_pytest_stage(tmp_path, body, outcome):
-    (tmp_path/'tests').mkdir()
-    (tmp_path/'tests'/'test_a.py').write_text(body, encoding='utf8')
-    if outcome is None: assert stages.tests(tmp_path) == '1 tests passed'
-    else:
-        with pytest.raises(stages.Failed, match=outcome): stages.tests(tmp_path)
+def test_a_job_that_dies_is_a_failure(project):
+    write_notebook(project/'nbs'/'02_two.ipynb', 'import os; os._exit(0)')
+    total = proven(project, '02_two')
+    assert 'ended without an answer' in total['failed'][0] and not total['passed']
+
+
+def test_a_cell_that_did_not_run_is_a_failure(project):
+    write_notebook(project/'nbs'/'02_two.ipynb', '---\nskip_exec: true\n---', 'x = 1')
+    text = (project/'nbs'/'02_two.ipynb').read_text(encoding='utf8')
+    raw = json.loads(text)
+    raw['cells'][0] = dict(cell_type='raw', id='a', metadata={}, source=['---\nskip_exec: true\n---'])
+    (project/'nbs'/'02_two.ipynb').write_text(json.dumps(raw), encoding='utf8')
+    assert proven(project, '02_two')['failed'] == ['nbs/02_two.ipynb']
+
+
+@pytest.mark.parametrize('body, failed', [('assert x == 1', False), ('raise ValueError("rotten")', True),
+                                          ('x = 2', False)])
+def test_cells_for_a_gpu_run_beside_the_notebook(project, body, failed):
+    """In a fork: they see what stands above, and what they do is not seen below."""
+    write_notebook(project/'nbs'/'02_two.ipynb', 'x = 1', f'#| cuda\n{body}', 'assert x == 1')
+    total = proven(project, '02_two')
+    shrunk = 'nbs/02_two.ipynb, cells for a GPU, shrunk'
+    assert (shrunk in total['failed']) == failed and 'nbs/02_two.ipynb' in total['passed']
+
+
+def test_a_sync_that_fails_ends_everything(project):
+    edit(project/'ad_course'/'one.py', 'return 1', 'return 2')
+    total = stages.prove(stages.listed(project), workers=1)
+    assert total['failed'] == ['ad_course/one.py'] and not total['passed']
+
+
+@pytest.mark.parametrize('body, outcome', [
+    ('def test_a(): pass', 'passed'), ('def test_a(): assert 0', 'failed'), ('x = 1', 'failed'),
+    ('import pytest\ndef test_a(): pytest.skip("why")', 'skipped'), ('x = 1/0', 'failed')])
+def test_files_of_tests(project, body, outcome):
+    (project/'tests'/'test_a.py').write_text(body, encoding='utf8')
+    total = proven(project, 'tests/test_a.py')
+    assert len(total[outcome]) == 1 and sum(len(total[k]) for k in jobs.NAMES) == 1
+
+
+@pytest.mark.parametrize('passed, failed, well', [(['a'], [], True), (['a'], ['b'], False),
+                                                  ([], [], False)])
+def test_the_last_line_counts(passed, failed, well):
+    said = []
+    total = dict(passed=passed, failed=failed, skipped={'c': 'no data'}, parts={}, jobs={})
+    assert stages.summary(total, 1., said.append) == well
+    assert said[-1] == f'{len(passed)} passed, {len(failed)} failed, 1 skipped'
+
+
+def test_only_what_a_notebook_concerns():
+    """The chapter, its tests, and what imports it: a change of the sparse autoencoder reaches CAE."""
+    sae = next(str(p) for p in notebook_paths() if p.stem == '13_sae')
+    names = {job.name for job in stages.listed(only=[sae])}
+    inside = {'sync', 'nbs/1_autoencoders/13_sae.ipynb', 'nbs/1_autoencoders/14_cae.ipynb',
+              'tests/test_sae.py', 'tests/test_layout.py'}
+    assert inside <= names and 'nbs/1_autoencoders/17_aae.ipynb' not in names
+    with pytest.raises(SystemExit, match='no such notebook'): stages.listed(only=['nbs/none.ipynb'])
 
 
 # ---------------------------------------------------------------- make notebooks

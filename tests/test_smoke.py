@@ -1,33 +1,24 @@
-"""Cells for a GPU or for long minutes (`#| cuda`, `#| slow`) run here shrunk, on the CPU, so that none rots unseen."""
+"""The runner of cells for a GPU or for long minutes (`#| cuda`, `#| slow`), shrunk, on the CPU.
+
+`python -m tests` runs those of every notebook, in a fork of the notebook's own run."""
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 
-from .project import QUIET, ROOT, environment, notebooks, write_notebook
-from .smoke import flagged
-
-NOTEBOOKS = [n for n in notebooks() if flagged(n)]
+from .project import QUIET, ROOT, environment, write_notebook
+from .smoke import SHRUNK
 
 
-def smoke(path, limit=600):
+def smoke(path):
     """What `python -m tests.smoke` says of a notebook, run in a process of its own."""
-    done = subprocess.run([sys.executable, '-m', 'tests.smoke', str(path)], cwd=ROOT, capture_output=True, text=True, encoding='utf8',
-                          timeout=limit, env=environment(**QUIET, AD_COURSE_SMOKE='1', CUDA_VISIBLE_DEVICES=''))
-    assert done.stdout.strip(), f'{path} ended without a word (exit {done.returncode}):\n{done.stderr[-3000:]}'
-    return done.returncode, json.loads(done.stdout.strip().splitlines()[-1])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('notebook', NOTEBOOKS, ids=str)
-def test_cells_for_a_gpu_run_shrunk(notebook):
-    code, result = smoke(notebook.path)
-    if result.get('missing_data') and not os.environ.get('AD_COURSE_NEED_DATA'): pytest.skip(f"{notebook}: {result['error'][:300]}")
-    assert code == 0, f"{notebook}, cell {result['cell']}: {result['error']}\n\n{result['source']}"
-    missed = set(result['targets']) - set(result['ran'])
-    assert result['targets'] and not missed, f'{notebook}: cells {missed} did not run'
+    done = subprocess.run([sys.executable, '-m', 'tests.smoke', str(path)], cwd=ROOT, text=True,
+                          capture_output=True, encoding='utf8', timeout=600,
+                          env=environment(**QUIET, **SHRUNK))
+    said = done.stdout.strip()
+    assert said, f'{path} ended without a word (exit {done.returncode}):\n{done.stderr[-3000:]}'
+    return done.returncode, json.loads(said.splitlines()[-1])
 
 
 def test_runner_runs_the_flagged_cell_and_what_it_needs_alone(tmp_path):
