@@ -4,63 +4,79 @@
 
 # %% auto #0
 __all__ = ['check_scores', 'auroc', 'average_precision', 'f1', 'oracle_f1', 'bootstrap', 'check_maps', 'pixel_auroc', 'pro_curve',
-           'pro', 'report']
+           'pro', 'pixel_threshold', 'iou', 'report', 'energy_distance']
 
 # %% ../nbs/0_foundations/02_metrics.ipynb #00000005
+import numbers
 import numpy as np
 from scipy.ndimage import label
+from scipy.spatial.distance import cdist
 from sklearn.metrics import auc, average_precision_score, roc_auc_score
+
+# %% ../nbs/0_foundations/02_metrics.ipynb #abe328c7
+def _check_finite(name, values):
+    """ValueError unless all values of the array are finite; says how many are not, and where."""
+    bad = np.flatnonzero(~np.isfinite(values))
+    if len(bad):
+        raise ValueError(f'{name} must be finite, look for the cause in the detector; got NaN or '
+                         f'infinity in {len(bad)} of {values.size} values, first at {bad[0]}')
+
+
+def _is_number(v): return isinstance(v, numbers.Real) and not isinstance(v, bool) and v == v
 
 # %% ../nbs/0_foundations/02_metrics.ipynb #0000001f
 def check_scores(y, scores):
-    """Labels and scores as arrays (n,) of int and float64, or a ValueError that says what is wrong.
+    """Labels and scores as arrays (n,) of int and float64.
 
-    `y` is 0 (normal) or 1 (anomaly), both must occur; `scores` are finite, higher = more anomalous.
+    y: 0 (normal) or 1 (anomaly), both must occur. scores: finite, higher = more anomalous.
+    Raises ValueError that says what is wrong.
     """
     y, scores = np.asarray(y), np.asarray(scores, dtype=float)
     if y.ndim != 1 or y.shape != scores.shape:
-        raise ValueError(f'one label and one score for each image are needed: y has shape {y.shape}, scores have shape {scores.shape}')
+        raise ValueError('y and scores must be (n,), one label and one score for each image; '
+                         f'got shape {y.shape} and shape {scores.shape}')
     if not np.isin(y, (0, 1)).all():
-        raise ValueError(f'y must be 0 (normal) or 1 (anomaly); found {np.unique(y)[:5].tolist()}')
+        raise ValueError(f'y must be 0 (normal) or 1 (anomaly); got {np.unique(y)[:5].tolist()}')
     if not 0 < y.sum() < len(y):
-        raise ValueError(f'both normal images and anomalies are needed; found {(y == 0).sum()} normal, {(y == 1).sum()} anomalies')
-    if not np.isfinite(scores).all():
-        bad = np.flatnonzero(~np.isfinite(scores))
-        raise ValueError(f'{len(bad)} of {len(scores)} scores are NaN or infinite (the first at index {bad[0]}): look for the cause in the detector')
+        raise ValueError('y must hold both normal images and anomalies; '
+                         f'got {(y == 0).sum()} normal, {(y == 1).sum()} anomalies')
+    _check_finite('scores', scores)
     return y.astype(int), scores
 
 # %% ../nbs/0_foundations/02_metrics.ipynb #00000020
 def auroc(y, scores) -> float:
-    """Probability that a random anomaly scores higher than a random normal image, ties counting 1/2.
+    """Probability that a random anomaly scores higher than a random normal image; a tie is 1/2.
 
-    `y`, `scores`: (n,), as for `check_scores`. Hanley and McNeil (1982); computed by scikit-learn.
+    y, scores: (n,), as for `check_scores`. Hanley and McNeil (1982); computed by scikit-learn.
     """
     return float(roc_auc_score(*check_scores(y, scores)))
 
 # %% ../nbs/0_foundations/02_metrics.ipynb #0000002a
 def average_precision(y, scores) -> float:
-    """Mean over the anomalies of the precision at each one's score: the area under the precision-recall steps.
+    """Mean over the anomalies of the precision at each one's score, computed by scikit-learn.
 
-    Chance level is the share of anomalies. `y`, `scores`: (n,), as for `check_scores`. Computed by scikit-learn.
+    It is the area under the precision-recall steps; chance level is the share of anomalies.
+    y, scores: (n,), as for `check_scores`.
     """
     return float(average_precision_score(*check_scores(y, scores)))
 
 # %% ../nbs/0_foundations/02_metrics.ipynb #00000033
 def f1(y, scores, threshold) -> float:
-    """F1 of calling every image with `score > threshold` an anomaly: 2 TP / (called + true anomalies).
+    """F1 of calling every image with score > threshold: 2 TP / (called + true anomalies).
 
-    `y`, `scores`: (n,), as for `check_scores`; `threshold`: a number, -inf calls everything an anomaly.
+    y, scores: (n,), as for `check_scores`. threshold: a number; -inf calls every image.
     """
     y, scores = check_scores(y, scores)
-    if np.isnan(threshold): raise ValueError('the threshold is NaN: no score is above it or below it')
+    if not _is_number(threshold): raise ValueError(f'threshold must be a number; got {threshold}')
     called = scores > threshold
     return float(2 * (y * called).sum() / (called.sum() + y.sum()))
 
 # %% ../nbs/0_foundations/02_metrics.ipynb #00000040
 def oracle_f1(y, scores):
-    """The best F1 over all thresholds and that threshold: an ORACLE, chosen on the test labels. Never report it as a result.
+    """The best F1 over all thresholds and that threshold: an ORACLE. Never report it as a result.
 
-    Of several best thresholds it is the highest; -inf where calling everything an anomaly is best. `y`, `scores`: (n,).
+    It is chosen on the test labels. Of several best thresholds it is the highest; -inf where
+    calling everything an anomaly is best. y, scores: (n,), as for `check_scores`.
     """
     y, scores = check_scores(y, scores)
     order = np.argsort(-scores, kind='stable')
@@ -72,15 +88,21 @@ def oracle_f1(y, scores):
 
 # %% ../nbs/0_foundations/02_metrics.ipynb #00000051
 def bootstrap(metric, y, scores, n=1000, level=0.95, seed=0):
-    """Percentile interval (low, high) of `metric(y, scores)` over `n` stratified resamples of the images (Efron, 1979).
+    """Percentile interval (low, high) of metric(y, scores) over n resamples of the images.
 
-    Says how much the number would vary with other test images, not with another training seed. `scores` may be (n, k)
-    where the metric takes that. Own random generator: the same seed gives the same interval.
+    Stratified (Efron, 1979): says how much the number would vary with other test images, not
+    with another training seed. y: (n,) of 0 and 1. scores: (n,), or (n, k) where the metric
+    takes that. Own random numbers: the same seed gives the same interval.
     """
-    if not (0 < level < 1 and n > 0): raise ValueError(f'level must be between 0 and 1 and n positive; found level={level}, n={n}')
+    if not (_is_number(level) and 0 < level < 1):
+        raise ValueError(f'level must be a number above 0 and below 1; got {level}')
+    if not (isinstance(n, numbers.Integral) and n > 0):
+        raise ValueError(f'n must be a whole number, at least 1; got {n}')
     y, scores = np.asarray(y), np.asarray(scores)
-    if len(y) != len(scores): raise ValueError(f'y has {len(y)} entries, scores have {len(scores)}')
-    groups, rng = [np.flatnonzero(y == v) for v in np.unique(y)], np.random.default_rng(seed)
+    if len(y) != len(scores):
+        raise ValueError(f'y and scores must have one entry an image; got {len(y)}, {len(scores)}')
+    check_scores(y, np.zeros(len(y)))
+    groups, rng = [np.flatnonzero(y == v) for v in (0, 1)], np.random.default_rng(seed)
     values = np.empty(n)
     for i in range(n):
         pick = np.concatenate([rng.choice(g, len(g)) for g in groups])
@@ -89,22 +111,36 @@ def bootstrap(metric, y, scores, n=1000, level=0.95, seed=0):
 
 # %% ../nbs/0_foundations/02_metrics.ipynb #00000059
 def check_maps(masks, maps):
-    """Masks and maps as arrays (n, h, w) of bool and float64, or a ValueError that says what is wrong.
+    """Masks and maps as arrays (n, h, w) of bool and float64.
 
-    Masks are 1 on defects and 0 elsewhere, both must occur; maps are finite, higher = more anomalous.
+    masks: 1 on defects and 0 elsewhere, both must occur. maps: finite, higher = more anomalous.
+    Raises ValueError that says what is wrong.
     """
     masks, maps = np.asarray(masks), np.asarray(maps, dtype=float)
     if masks.ndim != 3 or masks.shape != maps.shape:
-        raise ValueError(f'masks and maps must both be (n, h, w); found {masks.shape} and {maps.shape}')
-    if not np.isin(masks, (0, 1)).all():
-        raise ValueError(f'masks must be 0 (normal) or 1 (defect); found values up to {masks.max()}: use masks > 0')
-    if masks.all() or not masks.any(): raise ValueError('both defect pixels and normal pixels are needed in the masks')
-    if not np.isfinite(maps).all(): raise ValueError(f'{(~np.isfinite(maps)).sum()} pixels of the maps are NaN or infinite')
-    return masks.astype(bool), maps
+        raise ValueError('masks and maps must both be (n, h, w); '
+                         f'got {masks.shape} and {maps.shape}')
+    masks = _check_binary('masks', masks)
+    if masks.all() or not masks.any():
+        raise ValueError('masks must hold both defect pixels and normal pixels; '
+                         f'got {masks.sum()} defect pixels of {masks.size}')
+    _check_finite('maps', maps)
+    return masks, maps
+
+
+def _check_binary(name, masks):
+    """Masks as bool; ValueError unless every pixel is 0 or 1, or there is none."""
+    if not masks.size or not np.isin(masks, (0, 1)).all():
+        got = f'values from {masks.min()} to {masks.max()}' if masks.size else 'no pixels'
+        raise ValueError(f'{name} must be 0 (normal) or 1 (defect), e.g. {name} > 0; got {got}')
+    return masks.astype(bool)
 
 # %% ../nbs/0_foundations/02_metrics.ipynb #0000005a
 def pixel_auroc(masks, maps) -> float:
-    """AUROC over all pixels of all images; a defect counts by its area. `masks`, `maps`: (n, h, w), as for `check_maps`."""
+    """AUROC over all pixels of all images; a defect counts by its area.
+
+    masks, maps: (n, h, w), as for `check_maps`.
+    """
     masks, maps = check_maps(masks, maps)
     return auroc(masks.ravel(), maps.ravel())
 
@@ -112,38 +148,85 @@ def pixel_auroc(masks, maps) -> float:
 def pro_curve(masks, maps):
     """False-positive rate and mean per-region overlap at every threshold, from (0, 0) to (1, 1).
 
-    Every connected region (8 neighbors) counts equally; FPR is over the normal pixels of all images. `masks`, `maps`:
-    (n, h, w), as for `check_maps`. Bergmann et al. (2020).
+    Every connected region (8 neighbors) counts equally; FPR is over the normal pixels of all
+    images. masks, maps: (n, h, w), as for `check_maps`. Bergmann et al. (2020).
     """
     masks, maps = check_maps(masks, maps)
-    plane = np.zeros((3, 3, 3)); plane[1] = 1                 # neighbors within an image, none across
-    regions, count = label(masks, plane)                      # (n, h, w), 0 = normal
+    plane = np.zeros((3, 3, 3)); plane[1] = 1        # neighbors within an image, none across
+    regions, count = label(masks, plane)             # (n, h, w), 0 = normal
     order = np.argsort(-maps, axis=None)
     r, s = regions.ravel()[order], maps.ravel()[order]
-    size = np.bincount(r)                                     # (1 + count,), [0] = normal pixels
-    keep = np.append(s[1:] != s[:-1], True)                   # equal scores pass a threshold together
+    size = np.bincount(r)                            # (1 + count,), [0] = normal pixels
+    keep = np.append(s[1:] != s[:-1], True)          # equal scores pass a threshold together
     fpr = np.cumsum(r == 0)[keep] / size[0]
     overlap = np.cumsum(np.where(r > 0, 1 / size[r], 0))[keep] / count
     return np.r_[0, fpr], np.r_[0, np.minimum(overlap, 1)]    # rounding can pass 1
 
 # %% ../nbs/0_foundations/02_metrics.ipynb #00000065
 def pro(masks, maps, max_fpr=0.3) -> float:
-    """Area under the per-region-overlap curve up to `max_fpr`, divided by `max_fpr`: 1 = perfect, max_fpr / 2 = chance.
+    """Area under the per-region-overlap curve up to max_fpr, divided by max_fpr.
 
-    Exact over all thresholds. `masks`, `maps`: (n, h, w), as for `check_maps`. Bergmann et al. (2020).
+    1 = perfect, max_fpr / 2 = chance. Exact over all thresholds. masks, maps: (n, h, w), as for
+    `check_maps`. Bergmann et al. (2020).
     """
-    if not 0 < max_fpr <= 1: raise ValueError(f'max_fpr must be in (0, 1]; found {max_fpr}')
+    if not (_is_number(max_fpr) and 0 < max_fpr <= 1):
+        raise ValueError(f'max_fpr must be a number above 0, at most 1; got {max_fpr}')
     fpr, overlap = pro_curve(masks, maps)
     below = fpr <= max_fpr
     end = np.interp(max_fpr, fpr, overlap)
     return float(auc(np.r_[fpr[below], max_fpr], np.r_[overlap[below], end]) / max_fpr)
 
+# %% ../nbs/0_foundations/02_metrics.ipynb #4632ba95
+def pixel_threshold(maps, false_alarms=0.01) -> float:
+    """The value that a share false_alarms of the pixels of normal maps (n, h, w) exceeds.
+
+    Take maps of images that neither the training nor the test has seen. Raises ValueError where
+    maps are not (n, h, w) and finite, or the share is not between 0 and 1.
+    """
+    maps = np.asarray(maps, dtype=float)
+    if maps.ndim != 3 or not maps.size:
+        raise ValueError(f'maps must be (n, h, w), at least one pixel; got shape {maps.shape}')
+    if not (_is_number(false_alarms) and 0 < false_alarms < 1):
+        raise ValueError(f'false_alarms must be a number above 0 and below 1; got {false_alarms}')
+    _check_finite('maps', maps)
+    return float(np.quantile(maps, 1 - false_alarms))
+
+# %% ../nbs/0_foundations/02_metrics.ipynb #dd1fac0c
+def iou(masks, called) -> float:
+    """Intersection over union of true and called pixels, all images together; 1 = equal.
+
+    Both (n, h, w), of 0 and 1: scores are refused, compare them with a threshold first. Raises
+    ValueError where no pixel is true or called, since the ratio is not defined there.
+    """
+    masks, called = np.asarray(masks), np.asarray(called)
+    if masks.ndim != 3 or masks.shape != called.shape:
+        raise ValueError('masks and called pixels must both be (n, h, w); '
+                         f'got {masks.shape} and {called.shape}')
+    masks, called = _check_binary('masks', masks), _check_binary('called pixels', called)
+    if not (masks | called).any():
+        raise ValueError('masks or called pixels must hold a defect; got neither')
+    return float((masks & called).sum() / (masks | called).sum())
+
 # %% ../nbs/0_foundations/02_metrics.ipynb #00000071
 def report(y, scores, threshold=None) -> dict:
-    """AUROC, AP, the share of anomalies (AP's chance level) and, where a threshold is given, F1 at it.
+    """AUROC, AP, the share of anomalies (AP's chance level) and, with a threshold, F1 at it.
 
-    `threshold` must come from training data. `y`, `scores`: (n,), as for `check_scores`.
+    threshold: from training data. y, scores: (n,), as for `check_scores`.
     """
     y, scores = check_scores(y, scores)
-    found = {'AUROC': auroc(y, scores), 'AP': average_precision(y, scores), 'share of anomalies': float(y.mean())}
+    found = {'AUROC': auroc(y, scores), 'AP': average_precision(y, scores)}
+    found['share of anomalies'] = float(y.mean())
     return found if threshold is None else found | {'F1': f1(y, scores, threshold)}
+
+# %% ../nbs/0_foundations/02_metrics.ipynb #66a1dbc4
+def energy_distance(a, b) -> float:
+    """Energy distance of samples a (n, d) and b (m, d): 0 for equal samples, otherwise above.
+
+    2 E|a - b| - E|a - a'| - E|b - b'|, over all pairs. Székely and Rizzo (2013). Raises
+    ValueError where a sample is not (n, d) and finite.
+    """
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or not a.size * b.size:
+        raise ValueError(f'a and b must be (n, d) and (m, d); got {a.shape} and {b.shape}')
+    _check_finite('a', a); _check_finite('b', b)
+    return float(2 * cdist(a, b).mean() - cdist(a, a).mean() - cdist(b, b).mean())

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ad_course.ae import AE
 from ad_course.check import check_detector
-from ad_course.localize import MapAE, MapScore, SSIMAE, gaussian_matrix, iou, local_mean, pixel_threshold, smooth, ssim_map, top_mean
+from ad_course.localize import MapAE, MapScore, SSIMAE, gaussian_matrix, local_mean, smooth, ssim_map, top_mean
 
 C1, C2 = .01**2, .03**2
 SMALL = dict(epochs=1, batch_size=16, width=4, code_dim=4, verbose=False)
@@ -143,24 +143,11 @@ def test_ssim_refuses_unlike_shapes():
         with pytest.raises(ValueError, match='compares two'): ssim_map(pictures(), y)
 
 
-# ---------------------------------------------------------------- top_mean, iou, threshold
+# ---------------------------------------------------------------- top_mean
 def test_top_mean_by_hand():
     maps = torch.tensor([[[0., 1.], [2., 5.]], [[4., 4.], [4., 4.]]])
     for top, want in {1: [2, 4], .5: [3.5, 4], .25: [5, 4], 0: [5, 4], .01: [5, 4]}.items():
         assert top_mean(maps, top).tolist() == want
-
-
-def test_iou_and_threshold():
-    masks, called = np.array([[[1, 1, 0, 0]]]), np.array([[[0, 1, 1, 0]]])
-    assert iou(masks, called) == 1 / 3 and iou(masks, masks) == 1 and iou(masks, 1 - masks) == 0
-    f = 2 * 1 / (2 + 2)                                     # F1 of the same pixels
-    assert abs(iou(masks, called) - f / (2 - f)) < 1e-12
-    with pytest.raises(ValueError, match='one shape'): iou(masks, called[0])
-    with pytest.raises(ValueError, match='neither'): iou(0 * masks, 0 * called)
-    maps = np.arange(1000.).reshape(10, 10, 10)
-    assert (maps > pixel_threshold(maps, .01)).mean() == .01
-    for bad in (0, 1, -1):
-        with pytest.raises(ValueError, match='false_alarms'): pixel_threshold(maps, bad)
 
 
 # ---------------------------------------------------------------- detectors
