@@ -754,8 +754,6 @@ UNSTYLED = {
     '02_metrics',
     '07_protocol',
     '08_backbones',
-    '13_sae',
-    '14_cae',
     '15_vae',
    
     '17_aae',
