@@ -757,7 +757,7 @@ UNSTYLED = {
     '15_vae',
    
     '17_aae',
-    '18_rsrae',
+   
     '19_advae',
     '19a_localize',
     '19b_autoencoders_compared',

@@ -11,6 +11,7 @@ from ad_course.ae import AE
 from ad_course.detector import _Progress, isolated, total_loss
 from ad_course.networks import squared_weights
 from ad_course.rsrae import RSRAE, Subspace, cosine_distance, norms, not_orthonormal, off_subspace
+from tests.mutants import assert_caught, changed, each_mutant
 
 X = np.random.default_rng(0).random((24, 1, 4, 4), dtype='float32')
 XB = torch.tensor(X)
@@ -41,7 +42,7 @@ def ready(d):
 
 def linear(cls, **params):
     """An untrained detector of this class with linear networks, in float64."""
-    kind = type('Linear', (cls,), dict(networks=linear_networks))
+    kind = changed(cls, networks=linear_networks)
     d = kind(epochs=0, **{**SMALL, **params}).fit(X)
     d.nets_.double()
     return ready(d)
@@ -222,11 +223,11 @@ def test_the_chapter_keeps(name): CHECKS[name](RSRAE)
 
 
 # ---------------------------------------------------------------- mutants
-def changed(term, f):
+def with_term(term, f):
     """A mutant whose named term of the loss is f(term)."""
     def loss(self, xb):
         return {k: f(v) if k == term else v for k, v in RSRAE.loss(self, xb).items()}
-    return type(f'{term}Changed', (RSRAE,), dict(loss=loss))
+    return changed(RSRAE, f'{term}Changed', loss=loss)
 
 class Rebuilt(RSRAE):
     """The base of mutants of the first term, `of(residuals)`."""
@@ -344,7 +345,7 @@ class DecayOfTheDecoder(RSRAE):
 
 
 ZERO, FLIP, TWICE = (lambda v: v * 0), (lambda v: -v), (lambda v: v * 2)
-def every_term(*fs): return [changed(t, f) for t in PLAYERS for f in fs]
+def every_term(*fs): return [with_term(t, f) for t in PLAYERS for f in fs]
 MUTANTS = {'terms': [*every_term(ZERO, FLIP, TWICE), SquaredReconstruction, MeanSquare,
                      AbsoluteDifferences, NormOfTheBatch, SquaredDistance, NoSquare, MeanOfSquares,
                      WrongSide],
@@ -357,14 +358,13 @@ MUTANTS = {'terms': [*every_term(ZERO, FLIP, TWICE), SquaredReconstruction, Mean
            'alternating': [OneAdam, SameRate, FixedRate, OnlyTheLayer, Ascends, WeightsInTheSteps,
                            ForgetsATerm, OtherOrder, AlwaysTogether],
            'decay': [NoDecay, NoDecayInTurns, DecayOfTheDecoder],
-           'training': [changed('subspace', ZERO), changed('orthogonality', ZERO),
-                        changed('reconstruction', FLIP)]}
+           'training': [with_term('subspace', ZERO), with_term('orthogonality', ZERO),
+                        with_term('reconstruction', FLIP)]}
 
 
-@pytest.mark.parametrize('name, mutant', [(n, m) for n, ms in MUTANTS.items() for m in ms],
-                         ids=lambda v: v if isinstance(v, str) else v.__name__)
-def test_mutants_fail(name, mutant):
-    with pytest.raises((AssertionError, KeyError, FloatingPointError)): CHECKS[name](mutant)
+@each_mutant(MUTANTS)
+def test_mutants_fail(why, broken):
+    assert_caught(CHECKS[why], broken, kinds=(AssertionError, KeyError, FloatingPointError))
 
 
 # ---------------------------------------------------------------- pieces
@@ -440,7 +440,8 @@ def test_half_precision_does_not_reach_the_terms(): check_precision(off_subspace
 
 @pytest.mark.parametrize('pair', [(half_distance, not_orthonormal), (off_subspace, half_penalty)])
 def test_half_precision_mutants_fail(pair):
-    with pytest.raises((AssertionError, RuntimeError)): check_precision(*pair)
+    kinds = AssertionError, RuntimeError
+    assert_caught(lambda pair: check_precision(*pair), pair, kinds=kinds)
 
 
 def test_training_in_bfloat16():
