@@ -756,7 +756,6 @@ UNSTYLED = {
     '08_backbones',
     '15_vae',
    
-    '17_aae',
    
     '19_advae',
     '19a_localize',
