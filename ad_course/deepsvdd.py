@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'soft_boundary', 'quantile_radius', 'guarded', 'guarded_mean', 'contrast_normalize', 'contrast_range',
-           'scrambled', 'spread', 'code_spread', 'check_collapse', 'scale_rate', 'warm_start', 'DeepSVDD', 'Up',
+           'scale_rate', 'warm_start', 'scrambled', 'spread', 'code_spread', 'check_collapse', 'DeepSVDD', 'Up',
            'lenet_encoder', 'lenet_decoder', 'LeNetSVDD']
 
 # %% ../nbs/3_one_class/32_deepsvdd.ipynb #00000005
@@ -70,6 +70,32 @@ def contrast_range(batches):
     raise ValueError('some training image must have contrast to normalize; got blank ones only. '
                      'gcn=False takes them as they are')
 
+# %% ../nbs/3_one_class/32_deepsvdd.ipynb #00000020
+def scale_rate(optimizer, factor):
+    """Multiply the learning rates of an optimizer."""
+    for group in optimizer.param_groups: group['lr'] *= factor
+
+
+def warm_start(detector, data, decoder, epochs, lr, decay=0., lr_step=0):
+    """A phase before the training: the encoder learns as one half of an autoencoder.
+
+    detector: has `code` and `prepare`. decoder: codes (b, k) -> what `prepare` gives.
+    decay: weight of the squared weights of both. lr_step: epochs after which lr falls to a tenth.
+    The history gets 'pretrain/reconstruction'; the decoder is thrown away.
+    """
+    def loss(xb):
+        rebuilt = detector.nets_.decoder(detector.code(xb))
+        error = (rebuilt - detector.prepare(xb)).square().mean()
+        return dict(reconstruction=error) | decay_terms(decay, detector.nets_)
+
+    nets, optimizers = detector.nets_, detector.optimizers_
+    nets['decoder'] = decoder.to(detector.torch_device(), memory_format=torch.channels_last)
+    optimizers['autoencoder'] = detector.adam('encoder', 'decoder', lr=lr)
+    def after(data, epoch):
+        if epoch == lr_step: scale_rate(optimizers['autoencoder'], .1)
+    try: detector.run(data, epochs, [('autoencoder', loss)], 'pretrain/', after)
+    finally: del nets['decoder'], optimizers['autoencoder']
+
 # %% ../nbs/3_one_class/32_deepsvdd.ipynb #0000001c
 def scrambled(xb, order):
     """Images (b, c, h, w) with their pixels in another order (h w,), the same for all channels."""
@@ -105,32 +131,6 @@ def check_collapse(detector, data):
         'before training, so all images look nearly the same to it, normal or not. Try fewer '
         'epochs, a smaller lr or weight_decay; a network without biases; a center away from 0')
     return ratio
-
-# %% ../nbs/3_one_class/32_deepsvdd.ipynb #00000020
-def scale_rate(optimizer, factor):
-    """Multiply the learning rates of an optimizer."""
-    for group in optimizer.param_groups: group['lr'] *= factor
-
-
-def warm_start(detector, data, decoder, epochs, lr, decay=0., lr_step=0):
-    """A phase before the training: the encoder learns as one half of an autoencoder.
-
-    detector: has `code` and `prepare`. decoder: codes (b, k) -> what `prepare` gives.
-    decay: weight of the squared weights of both. lr_step: epochs after which lr falls to a tenth.
-    The history gets 'pretrain/reconstruction'; the decoder is thrown away.
-    """
-    def loss(xb):
-        rebuilt = detector.nets_.decoder(detector.code(xb))
-        error = (rebuilt - detector.prepare(xb)).square().mean()
-        return dict(reconstruction=error) | decay_terms(decay, detector.nets_)
-
-    nets, optimizers, device = detector.nets_, detector.optimizers_, detector.torch_device()
-    nets['decoder'] = decoder.to(device, memory_format=torch.channels_last)
-    optimizers['autoencoder'] = detector.adam('encoder', 'decoder', lr=lr)
-    def after(data, epoch):
-        if epoch == lr_step: scale_rate(optimizers['autoencoder'], .1)
-    try: detector.run(data, epochs, [('autoencoder', loss)], 'pretrain/', after)
-    finally: del nets['decoder'], optimizers['autoencoder']
 
 # %% ../nbs/3_one_class/32_deepsvdd.ipynb #00000024
 OBJECTIVES = 'one-class', 'soft-boundary'
@@ -182,7 +182,8 @@ class DeepSVDD(Detector):
         return (self.code(xb) - self.center_).square().sum(1)
 
     def loss(self, xb):
-        d, decay = self.squared_distances(xb), decay_terms(self.weight_decay / 2, self.nets_.encoder)
+        d = self.squared_distances(xb)                                                   # (b,)
+        decay = decay_terms(self.weight_decay / 2, self.nets_.encoder)
         if not self._soft(): return dict(distance=d) | decay                             # (1)
         return soft_boundary(d, d.new_tensor(self.radius_**2), self.nu) | decay          # (2)
 
@@ -240,24 +241,35 @@ class Up(nn.Module):
     def forward(self, x): return nn.functional.interpolate(x, scale_factor=2.)
 
 
+def _normalized(channels):
+    """Batch normalization without constants, and LeakyReLU, as in the official code."""
+    return nn.BatchNorm2d(channels, eps=1e-4, affine=False), nn.LeakyReLU()
+
+
 def lenet_encoder(shape, code_dim, channels):
-    """The official network: 5x5 convolutions without biases, each halved by pooling; normalization without constants."""
-    layers, (c, h, w) = [], shape
+    """The official network: (b, c, h, w) -> (b, code_dim), no constant anywhere.
+
+    5x5 convolutions, one for each number in channels, each normalized and halved by pooling.
+    """
+    layers, (c, h, w), scale = [], shape, 2**len(channels)
     for a, b in pairwise((c, *channels)):
-        layers += [nn.Conv2d(a, b, 5, padding=2, bias=False), nn.BatchNorm2d(b, eps=1e-4, affine=False), nn.LeakyReLU(), nn.MaxPool2d(2)]
-    scale = 2**len(channels)
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[-1] * (h // scale) * (w // scale), code_dim, bias=False))
+        conv = nn.Conv2d(a, b, 5, padding=2, bias=False)
+        layers += [conv, *_normalized(b), nn.MaxPool2d(2)]
+    last = nn.Linear(channels[-1] * (h // scale) * (w // scale), code_dim, bias=False)
+    return nn.Sequential(*layers, nn.Flatten(), last)
 
 
 def lenet_decoder(shape, code_dim, channels):
     """Its mirror: (b, code_dim) -> (b, c, h, w), from maps of 4x4 on."""
-    a = code_dim // 16
-    layers = [nn.Unflatten(1, (a, 4, 4)), nn.LeakyReLU()] + [Up()] * (shape[1] == 28)
+    small, a = shape[1] == 28, code_dim // 16
+    layers = [nn.Unflatten(1, (a, 4, 4)), nn.LeakyReLU()] + [Up()] * small
     for b in reversed(channels):
-        cut = 3 if shape[1] == 28 and b == channels[0] else 2                        # 16x16 to 14x14, on the way to 28x28
-        layers += [nn.ConvTranspose2d(a, b, 5, padding=cut, bias=False), nn.BatchNorm2d(b, eps=1e-4, affine=False), nn.LeakyReLU(), Up()]
+        cut = 3 if small and b == channels[0] else 2   # 16x16 to 14x14, on the way to 28x28
+        conv = nn.ConvTranspose2d(a, b, 5, padding=cut, bias=False)
+        layers += [conv, *_normalized(b), Up()]
         a = b
-    return nn.Sequential(*layers, nn.ConvTranspose2d(a, shape[0], 5, padding=2, bias=False), nn.Sigmoid())
+    last = nn.ConvTranspose2d(a, shape[0], 5, padding=2, bias=False)
+    return nn.Sequential(*layers, last, nn.Sigmoid())
 
 # %% ../nbs/3_one_class/32_deepsvdd.ipynb #0000005d
 @dataclass(kw_only=True, eq=False, repr=False)
