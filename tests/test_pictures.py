@@ -761,7 +761,6 @@ UNSTYLED = {
     '19a_localize',
     '19b_autoencoders_compared',
     '31_classical',
-    '32_deepsvdd',
     '33_deepsad',
     '34_wrapping',
     '35_cwdsvdd',
