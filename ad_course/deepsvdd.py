@@ -83,7 +83,7 @@ def warm_start(detector, data, decoder, epochs, lr, decay=0., lr_step=0):
     decay: weight of the squared weights of both. lr_step: epochs after which lr falls to a tenth.
     The history gets 'pretrain/reconstruction'; the decoder is thrown away.
     """
-    def loss(xb):
+    def loss(xb, *yb):   # labels, where the detector uses them, play no part
         rebuilt = detector.nets_.decoder(detector.code(xb))
         error = (rebuilt - detector.prepare(xb)).square().mean()
         return dict(reconstruction=error) | decay_terms(decay, detector.nets_)
@@ -302,7 +302,7 @@ class LeNetSVDD(DeepSVDD):
         size = 'x'.join(map(str, shape[1:]))
         depth = {'28x28': 2, '32x32': 3}.get(size)
         if not depth:
-            raise ValueError(f'LeNetSVDD takes images of 28x28 or 32x32; got {size}. '
+            raise ValueError(f'images for LeNetSVDD must be 28x28 or 32x32; got {size}. '
                              'DeepSVDD takes any')
         if len(self.channels) != depth:
             raise ValueError(f'channels must be {depth} numbers for images of {size}; '
