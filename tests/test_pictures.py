@@ -754,7 +754,6 @@ UNSTYLED = {
     '02_metrics',
     '07_protocol',
     '08_backbones',
-    '15_vae',
    
    
     '19_advae',
