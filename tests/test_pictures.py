@@ -761,7 +761,6 @@ UNSTYLED = {
     '19b_autoencoders_compared',
     '31_classical',
     '33_deepsad',
-    '34_wrapping',
     '35_cwdsvdd',
     '36_achc',
     '37_one_class_compared',
