@@ -6,31 +6,32 @@
 __all__ = ['ClosedForm', 'MeanImage', 'PCA', 'KNN']
 
 # %% ../nbs/0_foundations/06_baselines.ipynb #00000005
-import numbers
 from dataclasses import dataclass
 import numpy as np
 import torch
 from sklearn.decomposition import PCA as LinearPCA
 from sklearn.neighbors import NearestNeighbors
-from .detector import Detector
+from .detector import Detector, is_number
 
 # %% ../nbs/0_foundations/06_baselines.ipynb #00000008
 class ClosedForm(Detector):
-    """A detector without networks: `learn` gets all training images as rows (n, c*h*w), once."""
+    """A base for detectors without networks: `learn` gets all training images at once."""
     def learn(self, rows):
-        """Learn from all training images at once, as rows (n, d) on the device."""
-        raise NotImplementedError
+        """Learn from all training images at once, as rows (n, c*h*w) on the device."""
+        raise NotImplementedError(f'{type(self).__name__} defines no learn')
 
     def train(self, data):
+        """The whole training: one call of `learn`."""
         self.learn(torch.cat([xb.flatten(1) for xb, _ in data.batches(self.batch_size)]))
 
 # %% ../nbs/0_foundations/06_baselines.ipynb #0000000a
 @dataclass(kw_only=True, eq=False, repr=False)
 class MeanImage(ClosedForm):
     """Mean squared distance to the mean training image."""
-    def learn(self, rows): self.mean_ = rows.mean(0)  # (d,)
+    def learn(self, rows): self.mean_ = rows.mean(0)                                 # (d,)
     def image_score(self, xb): return (xb.flatten(1) - self.mean_).square().mean(1)  # (b,)
-    def pixel_score(self, xb): return (xb - self.mean_.view(1, *self.shape_)).square().sum(1)  # (b, h, w)
+    def pixel_score(self, xb):
+        return (xb - self.mean_.view(1, *self.shape_)).square().sum(1)               # (b, h, w)
 
 # %% ../nbs/0_foundations/06_baselines.ipynb #0000000d
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -41,15 +42,23 @@ class PCA(ClosedForm):
     def check_params(self):
         super().check_params()
         c = self.components
-        self.require(isinstance(c, numbers.Real) and 0 < c < float('inf') and (c < 1 or c == int(c)),
+        self.require(is_number(c, above=0) and (c < 1 or c == int(c)),
                      'components', 'a share of variance between 0 and 1, or a whole number')
 
     def learn(self, rows):
         rows, k = rows.cpu().numpy(), self.components
-        if not np.ptp(rows, axis=0).any(): raise ValueError('all training images are the same: there is no plane to fit')
-        if k > min(rows.shape): raise ValueError(f'{k} components need as many images and pixels; got {rows.shape[0]} images of {rows.shape[1]} pixels')
+        n, d = rows.shape
+        if not np.ptp(rows, axis=0).any():
+            raise ValueError(f'training images must differ, or there is no plane; got {n} alike')
+        if k > min(n, d):
+            raise ValueError('components must be at most the number of images and of pixels; '
+                             f'got {k} for {n} images of {d} pixels')
         pca = LinearPCA(float(k) if k < 1 else int(k), svd_solver='full').fit(rows)
-        self.mean_, self.components_ = (torch.as_tensor(np.ascontiguousarray(a), dtype=torch.float32, device=self.torch_device()) for a in (pca.mean_, pca.components_))
+        self.mean_, self.components_ = map(self._tensor, (pca.mean_, pca.components_))
+
+    def _tensor(self, a):
+        a = np.ascontiguousarray(a)
+        return torch.as_tensor(a, dtype=torch.float32, device=self.torch_device())
 
     def residual(self, xb):
         """What the plane cannot hold of each image: (b, d)."""
@@ -62,7 +71,10 @@ class PCA(ClosedForm):
 # %% ../nbs/0_foundations/06_baselines.ipynb #00000010
 @dataclass(kw_only=True, eq=False, repr=False)
 class KNN(ClosedForm):
-    """Mean Euclidean distance to the k nearest training images (scikit-learn's exact search), per root of a pixel."""
+    """Mean distance to the k nearest training images (scikit-learn's exact search).
+
+    Euclidean, divided by the root of the number of pixels.
+    """
     k: int = 5  # neighbors
 
     def check_params(self):
@@ -70,16 +82,22 @@ class KNN(ClosedForm):
         self.require_whole('k', least=1)
 
     def learn(self, rows):
-        if len(rows) <= self.k: raise ValueError(f'{self.k} neighbors need more than {self.k} images; got {len(rows)}')
+        if len(rows) <= self.k:
+            raise ValueError('k must be below the number of training images; '
+                             f'got {self.k} for {len(rows)}')
         self.bank_ = rows  # (n, d)
 
     def nearest(self, rows):
-        """Distances (b, k) from rows to the bank; rows=None: of each image in the bank to the others."""
-        search = NearestNeighbors(n_neighbors=self.k, algorithm='brute').fit(self.bank_.cpu().numpy())
-        return search.kneighbors(rows)[0] / self.bank_.shape[1]**.5
+        """Distances (b, k) from rows to the bank; None: of each image in it to the others."""
+        search = NearestNeighbors(n_neighbors=self.k, algorithm='brute')
+        distances = search.fit(self.bank_.cpu().numpy()).kneighbors(rows)[0]
+        return distances / self.bank_.shape[1]**.5
 
     def image_score(self, xb):
-        return torch.as_tensor(self.nearest(xb.flatten(1).cpu().numpy()).mean(1), dtype=torch.float32)
+        distances = self.nearest(xb.flatten(1).cpu().numpy())           # (b, k)
+        return torch.as_tensor(distances.mean(1), dtype=torch.float32)
 
     def training_scores(self, data):
-        return self.nearest(None).mean(1).astype('float32'), np.concatenate([yb.cpu().numpy() for _, yb in data.batches(self.batch_size)])
+        """As for every detector, with each image left out of its own neighbors."""
+        labels = [yb.cpu().numpy() for _, yb in data.batches(self.batch_size)]
+        return self.nearest(None).mean(1).astype('float32'), np.concatenate(labels)
