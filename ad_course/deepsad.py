@@ -37,8 +37,9 @@ class DeepSAD(DeepSVDD):
 
     def loss(self, xb, yb):
         d, y = self.squared_distances(xb), yb.to(torch.float32)                      # (b,)
-        terms = dict(normal=(1 - y) * self.attraction(d), anomalies=self.eta * y * self.repulsion(d))
-        return terms | decay_terms(self.weight_decay / 2, self.nets_.encoder)
+        normal, anomalies = (1 - y) * self.attraction(d), self.eta * y * self.repulsion(d)
+        decay = decay_terms(self.weight_decay / 2, self.nets_.encoder)
+        return dict(normal=normal, anomalies=anomalies) | decay                      # equation (7)
 
     def check_params(self):
         super().check_params()

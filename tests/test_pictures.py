@@ -760,7 +760,6 @@ UNSTYLED = {
     '19a_localize',
     '19b_autoencoders_compared',
     '31_classical',
-    '33_deepsad',
     '35_cwdsvdd',
     '36_achc',
     '37_one_class_compared',
