@@ -756,7 +756,6 @@ UNSTYLED = {
     '08_backbones',
    
    
-    '19_advae',
     '19a_localize',
     '19b_autoencoders_compared',
     '31_classical',
