@@ -19,6 +19,9 @@ from .detector import Detector, is_number
 from .networks import decay_terms, decoder, encoder
 
 # %% ../nbs/3_one_class/32_deepsvdd.ipynb #0000000e
+OBJECTIVES = 'one-class', 'soft-boundary'   # equations (1) and (2)
+
+
 def soft_boundary(squared_distances, R2, nu):
     """Equation (2) without the decay: R^2 (), and what each image outside the sphere costs, (b,).
 
@@ -133,9 +136,6 @@ def check_collapse(detector, data):
     return ratio
 
 # %% ../nbs/3_one_class/32_deepsvdd.ipynb #00000024
-OBJECTIVES = 'one-class', 'soft-boundary'
-
-
 @dataclass(kw_only=True, eq=False, repr=False)
 class DeepSVDD(Detector):
     """Deep support vector data description (Ruff et al. 2018): squared distance to a center."""
