@@ -16,6 +16,7 @@ from torch import nn
 from torchvision import models
 from torchvision.transforms import functional as TF
 from .data import as_images
+from .detector import is_number
 
 # %% ../nbs/0_foundations/08_backbones.ipynb #00000008
 BACKBONES = dict(  # name -> (number of features, the layer to cut off)
@@ -27,7 +28,7 @@ MEAN, STD = (.485, .456, .406), (.229, .224, .225)  # of ImageNet's red, green a
 
 
 def _check_name(name, weights='imagenet', size=None):
-    """ValueError for a name, weights or a size that `backbone` does not know."""
+    """Raises ValueError for a name, weights or a size that `backbone` does not know."""
     if name not in BACKBONES:
         raise ValueError(f'name must be one of {", ".join(BACKBONES)}; got {name!r}')
     if weights not in WEIGHTS:
@@ -43,8 +44,11 @@ def _check_name(name, weights='imagenet', size=None):
 def weights_entry(name, weights='imagenet'):
     """torchvision's entry for these weights: their address, and the transforms of their training.
 
-    name: one of `BACKBONES`. weights: 'imagenet' or 'imagenet-v1'.
+    name: one of `BACKBONES`. weights: 'imagenet' or 'imagenet-v1'. Raises ValueError for others.
     """
+    _check_name(name, weights)
+    if weights not in WEIGHTS[:2]:
+        raise ValueError(f'weights must be {WEIGHTS[0]!r} or {WEIGHTS[1]!r}; got {weights!r}')
     entries = models.get_model_weights(name)
     return entries.DEFAULT if weights == 'imagenet' else entries['IMAGENET1K_V1']
 
@@ -56,7 +60,7 @@ def weights_file(name, weights='imagenet'):
 
 # %% ../nbs/0_foundations/08_backbones.ipynb #0000000d
 def check_file(path):
-    """RuntimeError unless a weights file is what its name, NAME-<first digits of SHA-256>, says."""
+    """Raises RuntimeError where a file's SHA-256 does not begin as its name says: NAME-DIGITS."""
     promised = Path(path).stem.rpartition('-')[2]
     found = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     if not found.startswith(promised):
@@ -131,7 +135,7 @@ class Backbone(nn.Module):
 
 # %% ../nbs/0_foundations/08_backbones.ipynb #00000018
 def _check_batch(x):
-    """ValueError unless x is (b, 1 or 3, h, w), floats in [0, 1]; a thousandth is forgiven."""
+    """Raises ValueError unless x is (b, 1 or 3, h, w) in [0, 1]; a thousandth is forgiven."""
     if x.ndim != 4: raise ValueError(f'images must be (b, c, h, w); got shape {tuple(x.shape)}')
     if x.shape[1] not in (1, 3):
         raise ValueError('images must have 1 channel (gray, repeated) or 3 (red, green, blue); '
@@ -145,7 +149,7 @@ def _check_batch(x):
 
 
 def _check_seen(name, h, w):
-    """ValueError unless a network of this name can look at images of h by w pixels."""
+    """Raises ValueError unless a network of this name can look at images of h by w pixels."""
     if min(h, w) < 32:
         raise ValueError(f'{name} must see at least 32 pixels a side; got {h}x{w} with size=0')
     if name == 'vit_b_16' and (h, w) != (224, 224):
@@ -172,9 +176,10 @@ def backbone(name='resnet18', weights='imagenet', size=None):
 def features(b, x, batch_size=64):
     """Features of many images through backbone b: (n, c, h, w) -> array (n, dim).
 
-    x: uint8 or floats in [0, 1]. Batch by batch, on the backbone's device.
+    x: uint8 or floats in [0, 1]. Batch by batch, on the backbone's device. Raises ValueError where
+    x or batch_size are anything else.
     """
-    if not (isinstance(batch_size, int) and batch_size > 0):
+    if not is_number(batch_size, least=1, whole=True):
         raise ValueError(f'batch_size must be a whole number, at least 1; got {batch_size!r}')
     x, device = torch.from_numpy(as_images(x).copy()), b.mean.device
     scale = 1 if x.is_floating_point() else 255

@@ -209,6 +209,16 @@ def test_first_and_default_weights_are_two_sets():
     assert files == {'resnet18-f37072fd.pth'}
 
 
+@pytest.mark.parametrize('f', [weights_entry, weights_file])
+@pytest.mark.parametrize('name, weights, message', [
+    ('resnet19', 'imagenet', "name must be one of resnet18, .*; got 'resnet19'"),
+    ('resnet50', 'imagnet', "got 'imagnet'"),
+    ('resnet50', 'random', "weights must be 'imagenet' or 'imagenet-v1'; got 'random'"),
+    ('resnet50', None, 'got None')])
+def test_only_weights_that_exist_have_an_entry(f, name, weights, message):
+    with pytest.raises(ValueError, match=message): f(name, weights)
+
+
 # ---------------------------------------------------------------- sizes, types, devices, seeds
 def test_size_zero_leaves_images_as_they_are(net):
     x = images(2, 3, 48, 70)
@@ -270,7 +280,7 @@ def test_features_of_many_images(net):
         torch.testing.assert_close(torch.from_numpy(found), b(x / 255), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match='scale float images'):
         features(b, x.numpy().astype('float32'))
-    for size in (0, -1, 2.5, None):
+    for size in (0, -1, 2.5, True, None):
         with pytest.raises(ValueError, match='batch_size must be a whole number, at least 1; got'):
             features(b, x.numpy(), batch_size=size)
 
