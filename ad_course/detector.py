@@ -421,18 +421,22 @@ class _Training(_Scoring):
 
         turns: as the hook `turns`, which is the default and brings the hook `after_epoch` along;
         a phase with turns of its own gets the `after_epoch(data, epoch)` that it is given here.
-        batch_statistics=False: all networks in eval mode, batch normalization as it stands.
+        batch_statistics=False: all networks in eval mode, batch normalization as it stands; or
+        the names of those that use, and move, the statistics of their batches.
         """
         progress = self._progress
         if turns is None: turns, after_epoch = self.turns(), after_epoch or self.after_epoch
         progress.turns, progress.batches = _checked_turns(turns), 0
         players = [progress.player(name, self) for name, *_ in progress.turns]
-        moving = set().union(*(who.ids for who in players)) if batch_statistics else set()
+        moving = set().union(*(who.ids for who in players))
+        by_name = not isinstance(batch_statistics, bool)
         title = f'{type(self).__name__} {label}'.strip(' /')
         for epoch in tqdm(range(1, epochs + 1), title, leave=False, disable=self._quiet()):
-            for net in self.nets_.values():
+            self.nets_.train(bool(batch_statistics))
+            for name, net in self.nets_.items():
                 ids = {id(p) for p in net.parameters()}
-                net.train(batch_statistics and (not ids or not ids.isdisjoint(moving)))
+                still = by_name and name not in batch_statistics
+                if still or (ids and ids.isdisjoint(moving)): net.eval()
             self._epoch(data, label)
             self.nets_.eval()
             if after_epoch and after_epoch(data, epoch) is True: break
