@@ -15,7 +15,7 @@ from sklearn.metrics import auc, average_precision_score, roc_auc_score
 
 # %% ../nbs/0_foundations/02_metrics.ipynb #abe328c7
 def _check_finite(name, values):
-    """ValueError unless all values of the array are finite; says how many are not, and where."""
+    """Raises ValueError unless all values are finite; says how many are not, and where."""
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):
         raise ValueError(f'{name} must be finite, look for the cause in the detector; got NaN or '
@@ -129,9 +129,9 @@ def check_maps(masks, maps):
 
 
 def _check_binary(name, masks):
-    """Masks as bool; ValueError unless every pixel is 0 or 1, or there is none."""
+    """Masks as bool. Raises ValueError where a pixel is not 0 or 1, or there is none."""
     if not masks.size or not np.isin(masks, (0, 1)).all():
-        got = f'values from {masks.min()} to {masks.max()}' if masks.size else 'no pixels'
+        got = f'values from {masks.min():.3g} to {masks.max():.3g}' if masks.size else 'no pixels'
         raise ValueError(f'{name} must be 0 (normal) or 1 (defect), e.g. {name} > 0; got {got}')
     return masks.astype(bool)
 
