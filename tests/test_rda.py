@@ -13,7 +13,6 @@ from ad_course.ae import AE
 from ad_course.baselines import PCA
 from ad_course.batches import Cleaned
 from ad_course.data import contaminate, digits
-from ad_course.check import check_detector
 from ad_course.detector import _Progress, isolated
 from ad_course.metrics import auroc
 from ad_course.rda import (PENALTIES, RDA, RPCA, penalty_prox, position_factor, rpca, shrink_factor,
@@ -165,7 +164,6 @@ def test_rpca_refuses():
 
 
 def test_rpca_detector():
-    check_detector(RPCA())
     d = RPCA(components=5, tol=1e-4).fit(X)
     L, S, _ = rpca(torch.tensor(X).flatten(1), tol=1e-4)
     same = PCA(components=5).fit((L.view(X.shape)).clamp(0, 1).numpy())
@@ -508,7 +506,3 @@ def test_untrained_and_interrupted():
     dict(code_dim=0)])
 def test_wrong_parameters(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))): RDA(**wrong).fit(X)
-
-
-def test_contract():
-    check_detector(RDA(epochs=20, batch_size=32, lr=3e-3))

@@ -1,0 +1,79 @@
+"""Every public detector of the package keeps the contract: none can be forgotten.
+
+They are enumerated, not listed. A detector is held to its promises with SMALL settings on digits
+of 8x8, unless a table says otherwise; other settings are the business of its chapter's tests."""
+import importlib
+import inspect
+
+import numpy as np
+import pytest
+
+from ad_course.check import check_detector
+from ad_course.detector import Detector, known_detectors
+
+from .project import modules, settings
+
+LIB = settings()['lib_path']
+MODULES = {name: importlib.import_module(f'{LIB}.{name}') for name in modules()}
+
+
+def title(cls):
+    """'deepsvdd.LeNetSVDD' for a class of the package."""
+    return f'{cls.__module__.rpartition(".")[2]}.{cls.__name__}'
+
+
+# What most detectors need to learn something of 120 small images, in a second or two.
+SMALL = dict(epochs=40, batch_size=32)
+# Those that need something else, in the place of SMALL: mostly the settings of their chapters.
+# Trained faster, the official network ranks worse than an untrained one: many small steps.
+LENET = dict(epochs=8, pretrain_epochs=8, batch_size=20, lr=2e-4, pretrain_lr=2e-4)
+SETTINGS = {
+    'achc.ACHC': dict(width=8, wraps=500, epochs=10, warm_up=10),
+    'advae.AdVAE': dict(epochs=25, batch_size=32, lr=3e-3, n_draws=2),
+    'cwdsvdd.CWDSVDD': dict(arch='mlp'),
+    'dae.SDAE': dict(epochs=60, batch_size=32),
+    'deepsvdd.DeepSVDD': dict(),
+    'deepsvdd.LeNetSVDD': LENET,
+    'rda.RDA': dict(epochs=20, batch_size=32, lr=3e-3),
+}
+# (c, h, w) of the images for those that do not take 8x8.
+SHAPES = {'deepsvdd.LeNetSVDD': (1, 28, 28)}
+# Classes that others complete: there is nothing to fit.
+BASES = {'ae.Reconstructs', 'baselines.ClosedForm', 'classical.Kernelized', 'classical.OnFeatures',
+         'localize.MapScore'}
+
+OWN = {title(c): c for c in known_detectors() if c.__module__.startswith(f'{LIB}.')}
+DETECTORS = sorted(OWN.keys() - BASES)
+
+
+def exported():
+    """Title -> class, of all detectors that the modules export."""
+    things = [getattr(module, name) for module in MODULES.values() for name in module.__all__]
+    classes = [c for c in things if inspect.isclass(c) and issubclass(c, Detector)]
+    return {title(c): c for c in classes if c is not Detector}
+
+
+# One promise fits images that are all alike, one gives an image two labels: both are warned of.
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('name', DETECTORS)
+def test_keeps_every_promise(name):
+    detector = OWN[name](**SETTINGS.get(name, SMALL))
+    check_detector(detector, shape=SHAPES.get(name, (1, 8, 8)))
+
+
+def test_every_exported_detector_is_examined_or_known_to_be_a_base():
+    public = exported().keys()
+    assert len(DETECTORS) > 20 and not set(DETECTORS) - public
+    assert not (forgotten := public - set(DETECTORS) - BASES), f'not examined: {forgotten}'
+    assert not (gone := BASES - public), f'no such bases: {gone}'
+
+
+def test_the_tables_name_detectors_that_exist():
+    wrong = (SETTINGS.keys() | SHAPES.keys()) - set(DETECTORS)
+    assert not wrong, f'no such detectors: {sorted(wrong)}'
+
+
+@pytest.mark.parametrize('name', sorted(BASES))
+def test_a_base_has_nothing_to_fit(name):
+    images = np.random.default_rng(0).random((10, 8, 8))
+    with pytest.raises(NotImplementedError): exported()[name](verbose=False).fit(images)
