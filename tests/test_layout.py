@@ -83,7 +83,7 @@ def test_no_path_of_a_machine_in_any_file():
 STILL_LONG = {
     'nbs/1_autoencoders/19a_localize.ipynb', 'nbs/1_autoencoders/19b_autoencoders_compared.ipynb',
     'nbs/3_one_class/31_classical.ipynb', 'nbs/3_one_class/37_one_class_compared.ipynb',
-    'nbs/solutions/0_solutions_foundations.ipynb', 'nbs/solutions/1_solutions_autoencoders.ipynb',
+    'nbs/solutions/1_solutions_autoencoders.ipynb',
     'nbs/solutions/3_solutions_one_class.ipynb', 'tests/__main__.py',
     'tests/benchmarks/train_ae.py', 'tests/benchmarks/train_deepsvdd.py', 'tests/conftest.py',
     'tests/execute.py', 'tests/jobs.py', 'tests/pool.py', 'tests/project.py', 'tests/readme.py',

@@ -757,7 +757,6 @@ UNSTYLED = {
     '35_cwdsvdd',
     '36_achc',
     '37_one_class_compared',
-    '0_solutions_foundations',
     '1_solutions_autoencoders',
 }
 OWN_PLANES = {'contour', 'contourf', 'tricontour', 'tricontourf', 'pcolor', 'pcolormesh',
