@@ -76,22 +76,21 @@ class ACHC(CWDSVDD):
     def loss(self, xb, yb):
         codes = self.code(xb)
         terms = self.sphere_terms(codes, yb)                                     # equation (6)
-        if 'generator' not in self.nets_: return terms
-        with torch.no_grad(): fakes = self.fake(len(codes))                      # spare the graph
-        return terms | self.adversarial_terms(codes, fakes, yb)                  # equation (8)
+        if 'generator' in self.nets_: terms |= self.adversarial_terms(codes, yb)
+        return terms                                                             # equation (8)
 
     def generator_loss(self, xb, yb):
         """Equation (7) with the other sign."""
-        with torch.no_grad(): codes = self.code(xb)
-        terms = self.adversarial_terms(codes, self.fake(len(codes)), yb)
-        return {name: -term for name, term in terms.items()}
+        with torch.no_grad(): codes = self.code(xb)   # nothing of it moves: spare the graph
+        return {name: -term for name, term in self.adversarial_terms(codes, yb).items()}
 
-    def adversarial_terms(self, codes, fakes, yb):
-        """Equation (7): codes (b, k) and labels (b,) of a batch, and as many generated images."""
+    def adversarial_terms(self, codes, yb):
+        """Equation (7) of a batch, from its codes (b, k) and labels (b,)."""
+        fakes = self.nets_.encoder(self.fake(len(codes)))
         R2 = torch.as_tensor(self.radius_, device=codes.device)**2
         normal, _ = label_weights(yb, self.unknown_share_)
         weights = self.generated_weight, self.similarity_weight
-        return equation_7(self.nets_.encoder(fakes), codes, self.center_, R2, normal, *weights)
+        return equation_7(fakes, codes, self.center_, R2, normal, *weights)
 
     def fake(self, b):
         """What the generator makes of b draws of noise, as the network sees it: (b, ...)."""

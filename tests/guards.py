@@ -155,7 +155,8 @@ OLD_WORDS = {
     r'detector: def source|\w*: name source_of': 'as_batches',
     r'(detector|check): def world|\w*: name leaves_the_world_alone': 'global_state',
     ANY + 'of_normal': 'map_normal',
-    r'cwdsvdd: def view|' + ANY + 'Views|(cwdsvdd|batches): class Rows': 'as_features, FeatureRows',
+    r'cwdsvdd: def view|' + ANY + 'Views|(cwdsvdd|batches): class Rows':
+        'feature_rows, FeatureRows',
     ANY + 'look_at_labels': 'labelled_share',
     r'\w*: field guard|(deepsvdd|deepsad|cwdsvdd|achc): key guard': 'center_guard',
     r'\w*: field collapse|(deepsvdd|deepsad|cwdsvdd|achc): key collapse': 'collapse_below',
@@ -174,7 +175,7 @@ OLD_WORDS = {
     r'vae: def rates': 'kl_per_unit',
     r'cwdsvdd: def shares': 'label_weights',
     ANY + 'of_bank': 'bank_distances',
-    ANY + '(make_wraps|some_wraps|_bank)': 'draw_bank, sample_bank',
+    ANY + '(make_wraps|some_wraps|_bank)': 'draw_bank, bank',
     ANY + '(look_for_collapse|response_)': 'check_collapse, spread_ratio_',
     r'\w*: field (reach|refresh)|(cwdsvdd|achc): key (reach|refresh)':
         'epsilon_factor, redraw_every',

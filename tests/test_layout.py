@@ -81,20 +81,41 @@ def test_no_path_of_a_machine_in_any_file():
 # ---------------------------------------------------------------- lines and words
 # Files that are not yet as they must be. A list only gets shorter: what is mended must leave it.
 STILL_LONG = {
-    'nbs/1_autoencoders/19a_localize.ipynb', 'nbs/1_autoencoders/19b_autoencoders_compared.ipynb',
-    'nbs/3_one_class/31_classical.ipynb', 'nbs/3_one_class/37_one_class_compared.ipynb',
+    'nbs/1_autoencoders/19a_localize.ipynb',
+    'nbs/1_autoencoders/19b_autoencoders_compared.ipynb',
+    'nbs/3_one_class/31_classical.ipynb',
+    'nbs/3_one_class/37_one_class_compared.ipynb',
     'nbs/solutions/1_solutions_autoencoders.ipynb',
-    'nbs/solutions/3_solutions_one_class.ipynb', 'tests/__main__.py',
-    'tests/benchmarks/train_ae.py', 'tests/benchmarks/train_deepsvdd.py', 'tests/conftest.py',
-    'tests/execute.py', 'tests/jobs.py', 'tests/pool.py', 'tests/project.py', 'tests/readme.py',
-    'tests/scope.py', 'tests/smoke.py', 'tests/sync.py', 'tests/test_achc.py',
-    'tests/test_benchmarks.py', 'tests/test_browser.py', 'tests/test_classical.py',
-    'tests/test_cwdsvdd.py', 'tests/test_detector.py', 'tests/test_localize.py',
-    'tests/test_machinery.py', 'tests/test_mutants.py', 'tests/test_site.py', 'tests/test_smoke.py'}
+    'nbs/solutions/3_solutions_one_class.ipynb',
+    'tests/__main__.py',
+    'tests/benchmarks/train_ae.py',
+    'tests/benchmarks/train_deepsvdd.py',
+    'tests/conftest.py',
+    'tests/execute.py',
+    'tests/jobs.py',
+    'tests/pool.py',
+    'tests/project.py',
+    'tests/readme.py',
+    'tests/scope.py',
+    'tests/smoke.py',
+    'tests/sync.py',
+    'tests/test_benchmarks.py',
+    'tests/test_browser.py',
+    'tests/test_classical.py',
+    'tests/test_detector.py',
+    'tests/test_localize.py',
+    'tests/test_machinery.py',
+    'tests/test_mutants.py',
+    'tests/test_site.py',
+    'tests/test_smoke.py',
+}
 STILL_OLD_WORDS = {
-    'nbs/1_autoencoders/11_ae.ipynb', 'nbs/3_one_class/31_classical.ipynb',
-    'nbs/3_one_class/37_one_class_compared.ipynb', 'nbs/solutions/3_solutions_one_class.ipynb',
-    'tests/test_achc.py', 'tests/test_classical.py', 'tests/test_cwdsvdd.py'}
+    'nbs/1_autoencoders/11_ae.ipynb',
+    'nbs/3_one_class/31_classical.ipynb',
+    'nbs/3_one_class/37_one_class_compared.ipynb',
+    'nbs/solutions/3_solutions_one_class.ipynb',
+    'tests/test_classical.py',
+}
 
 
 def parsed_modules():
@@ -262,7 +283,11 @@ def test_chapter_has_exercises_proofs_and_a_picture(notebook):
 
 # The chapters and rooms in which a class is not yet at work on its own, or has no words of its own.
 STILL_NOT_AT_WORK = {
-    'ae.Reconstructs', 'baselines.ClosedForm', 'classical.OnFeatures', 'localize.MapScore'}
+    'ae.Reconstructs',
+    'baselines.ClosedForm',
+    'classical.OnFeatures',
+    'localize.MapScore',
+}
 STILL_SLICES = set()
 STILL_WITHOUT_WORDS = set()
 

@@ -754,8 +754,6 @@ UNSTYLED = {
     '19a_localize',
     '19b_autoencoders_compared',
     '31_classical',
-    '35_cwdsvdd',
-    '36_achc',
     '37_one_class_compared',
     '1_solutions_autoencoders',
 }
