@@ -153,7 +153,7 @@ class CWDSVDD(DeepSVDD):
     uses_labels, bank = True, ()   # bank: wrapping points, while it trains
     batch_size: int = 128
     lr: float = 1e-3
-    objective: str = 'soft-boundary'
+    objective: str = 'soft-boundary'   # equation (6) has no other
     mu: float = .1              # as nu, but of the repelled: the smaller, the harder the push
     warm_up: int = 10           # epochs of the one-class objective before there is a radius
     wraps: int = 4000           # at most so many wrapping points; 0: none

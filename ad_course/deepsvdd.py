@@ -149,7 +149,7 @@ class DeepSVDD(Detector):
     arch: str = 'conv'             # 'mlp', 'conv', or 'auto': by the size of the image
     gcn: bool = True               # global contrast normalization of each image
     pretrain_epochs: int = 20      # of the autoencoder that the encoder comes from; 0: random
-    pretrain_lr: float = 1e-3      # its learning rate
+    pretrain_lr: float = 1e-3      # of that autoencoder
     warm_up: int = 5               # epochs before the soft boundary gets a radius; until then 0
     center_guard: float = .1       # least absolute value of a component of the center
     collapse_below: float = .01    # warn where less than this share of the codes' spread is left

@@ -7,9 +7,9 @@ __all__ = ['FORMAT', 'load', 'isolated', 'total_loss', 'is_number', 'to_json', '
            'read_file', 'known_detectors', 'Detector']
 
 # %% ../nbs/0_foundations/04_detector.ipynb #00000005
-import contextlib, hashlib, inspect, json, numbers, os, re, tempfile, time, warnings
+import contextlib, hashlib, inspect, json, numbers, os, re, tempfile, textwrap, time, warnings
 from dataclasses import dataclass, fields
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 import numpy as np
 import torch
@@ -64,27 +64,39 @@ def _parameter_table(cls):
     for base in reversed(cls.__mro__):
         with contextlib.suppress(OSError, TypeError):   # no source, in a bare interpreter
             if '__annotations__' in vars(base):
-                comments.update(pattern.findall(inspect.getsource(base)))
+                source = textwrap.dedent(inspect.getsource(base))
+                comments.update(pattern.findall(source))
     rows = [(f'{f.name} = {f.default!r}', comments.get(f.name, '')) for f in fields(cls)]
     return '\n'.join(f'    {left:30} {comment}'.rstrip() for left, comment in rows)
 
 
-class _Doc:
+class _Doc(str):
     """A docstring that is followed by the parameters, once somebody asks for it."""
-    def __init__(self, text): self.text = text
-    def __get__(self, instance, cls):
-        return f'{self.text}\n\nParameters:\n{_parameter_table(cls)}'
+    def __get__(self, instance, cls): return f'{self}\n\nParameters:\n{_parameter_table(cls)}'
+
+    def expandtabs(self, tabsize=8):
+        """How `help` asks: it reads the docstring past `__get__`."""
+        return self.__get__(None, self.owner)
 
 
 class _Readable(type):
-    """What `help` and `dir` of a detector class show: its own words, not scikit-learn's."""
+    """What `help` and `dir` of a detector class show: its own words, and the contract."""
+    CONTRACT = {'fit', 'decision_function', 'predict', 'anomaly_map', 'score', 'calibrate', 'save',
+                'load'}
+
     def __init__(cls, name, bases, namespace):
         super().__init__(name, bases, namespace)
-        if text := namespace.get('__doc__'): cls.__doc__ = _Doc(inspect.cleandoc(text))
+        if text := namespace.get('__doc__'):
+            cls.__doc__ = doc = _Doc(inspect.cleandoc(text))
+            doc.owner = cls
 
     def __dir__(cls):
-        noise = {*dir(BaseEstimator), *getattr(cls, '__dataclass_fields__', {})}
-        return [n for n in super().__dir__() if n not in noise and 'request' not in n]
+        """What a public base defines is in the help of that base."""
+        foreign = lambda base: base is not cls and not base.__name__.startswith('_')
+        own = takewhile(lambda base: not foreign(base), cls.__mro__)
+        names = {name for base in own for name in vars(base)
+                 if not name.startswith('_') and not name.endswith('_request')}   # scikit-learn's
+        return sorted((names | cls.CONTRACT) - getattr(cls, '__dataclass_fields__', {}).keys())
 
 # %% ../nbs/0_foundations/04_detector.ipynb #e6d9fc25
 def _range(kind, least, above, most, below):
