@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 
 from . import guards
 from .project import (ROOT, Cell, environment, modules, notebooks, own_imports, project_files,
@@ -146,6 +147,25 @@ def test_lines_of_code_end_at_100_characters():
         lines = sum(len(guards.long_lines(text)) for text in texts)
         if lines: found[name] = f'{lines} lines'
     guards.against(found, STILL_LONG, f'longer than {guards.WIDTH} characters')
+
+
+def code_width(grid, css):
+    """How many characters a block of code on the site shows, with the page's 17 pixels a rem."""
+    rule = re.search(r'pre\.sourceCode \{ font-size: ([.\d]+)rem; padding: [.\d]+rem ([.\d]+)rem', css)
+    font, padding = (17 * float(v) for v in rule.groups())
+    body = int(grid['body-width'].removesuffix('px')) - 3 * 17   # less the two gutters
+    return int((body - 2 * padding - 2) / (.61 * font))          # .61: a wide font's advance
+
+
+def test_the_site_shows_a_whole_line_of_code():
+    """In a window of 1400 pixels, beside the map of the course and the page's contents."""
+    site = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf8'))
+    grid = site['format']['html']['grid']
+    css = (ROOT/CONFIG['nbs_path']/'styles.css').read_text(encoding='utf8')
+    assert code_width(grid, css) >= guards.WIDTH
+    columns = sum(int(v.removesuffix('px')) for v in grid.values())
+    assert columns + 4 * 1.5 * 17 <= 1400, f'{columns} pixels of columns, and four gutters'
+    assert code_width(grid | {'body-width': '800px'}, css) < guards.WIDTH, 'what it was shows less'
 
 
 def test_old_words_do_not_come_back():
@@ -507,7 +527,7 @@ def test_circles_and_imports_that_lead_upward_are_seen():
     ('x', 'g = self.generator()', 'rng'), ('x', 'x = nets.generator(z)', ''),
     ('x', 'generator(s, 3)', ''), ('ae', 'class A:\n  kind: str = 1', 'arch'),
     ('advae', 'def strangeness(): pass', 'prior_kl'), ('test', 'd.of_normal(f, x)', 'map_normal'),
-    ('x', 'from ad_course.cwdsvdd import Views', 'as_features'),
+    ('x', 'from ad_course.cwdsvdd import Views', 'feature_rows'),
     ('data', 'def f(kind): pass', ''), ('x', 'd._bank', 'draw_bank'),
     ('cae', 'def draw(): pass', 'decode'),
     ('pictures', 'def draw(): pass', ''), ('x', '# strangeness\nx = "strangeness"', '')])
