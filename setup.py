@@ -8,19 +8,26 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=['='])
 config.read(here/'settings.ini', encoding='utf8')
 cfg = config['DEFAULT']
+name, readme = cfg['lib_name'], here/'README.md'
 words = lambda key: cfg.get(key, '').split()
 
 setup(
-    name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
-    author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0',
-    long_description=(here/'README.md').read_text(encoding='utf8') if (here/'README.md').exists() else cfg['description'],
+    name=name, version=cfg['version'],
+    description=cfg['description'], keywords=cfg['keywords'],
+    author=cfg['author'], author_email=cfg['author_email'],
+    url=cfg['git_url'], license='Apache-2.0',
+    long_description=readme.read_text(encoding='utf8') if readme.exists() else cfg['description'],
     long_description_content_type='text/markdown',
-    packages=find_packages(include=[cfg['lib_name'], f"{cfg['lib_name']}.*"]), include_package_data=True,
+    packages=find_packages(include=[name, f'{name}.*']), include_package_data=True, zip_safe=False,
     python_requires=f">={cfg['min_python']}", install_requires=words('requirements'),
-    extras_require=dict(dev=words('dev_requirements'), peers=words('peers_requirements'), browser=words('browser_requirements')),
-    entry_points={'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
-    zip_safe=False,
-    classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Education', 'Intended Audience :: Science/Research',
-                 'Natural Language :: English',
-                 'Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
+    extras_require={extra: words(f'{extra}_requirements') for extra in ('dev', 'peers', 'browser')},
+    entry_points={'nbdev': [f'{name}={name}._modidx:d']},
+    classifiers=[
+        'Development Status :: 3 - Alpha',
+        'Intended Audience :: Education',
+        'Intended Audience :: Science/Research',
+        'Natural Language :: English',
+        'Programming Language :: Python :: 3',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    ],
 )

@@ -1,11 +1,12 @@
 """Everything that is to be proven, on all cores.   python -m tests [--fast] [NOTEBOOK ...]
 
-  sync       notebooks, package and README agree (a copy is compared); where they do not, nothing else is run
+  sync       notebooks, package and README agree (a copy is compared), or nothing else is run
   notebooks  every notebook as nbdev_test runs it, and its cells for a GPU, shrunk
   tests      what cuts across chapters: the files of tests/, by pytest
 
-With notebooks named, only these, the tests of their modules, and the notebooks and tests of what imports those modules.
---fast leaves out the notebooks and the tests marked slow. A notebook or a file in which nothing ran has failed."""
+With notebooks named, only these, the tests of their modules, and the notebooks and tests of what
+imports those modules. --fast leaves out the notebooks and the tests marked slow. A notebook or a
+file in which nothing ran has failed."""
 import argparse
 import json
 import os
@@ -27,18 +28,24 @@ def listed(root=ROOT, fast=False, only=()):
     if not books: raise SystemExit('FAILED: there is no notebook to test')
     if not files: raise SystemExit('FAILED: there is no file of tests')
     if left_out := set(books) - set(of_nbdev(root)):
-        raise SystemExit(f'FAILED: nbdev_test would not run {sorted(p.name for p in left_out)} (a .notest file?)')
+        names = sorted(p.name for p in left_out)
+        raise SystemExit(f'FAILED: nbdev_test would not run {names} (a .notest file?)')
     words = {}
     if only: books, files, words = concerned(only, root)
-    options = lambda file: ['-m', 'not slow'] if fast else ['-k',
-                                                            words[file]] if file in words else []
-    relative = lambda path: path.relative_to(root).as_posix()
-    found = [] if fast else [pool.Job(relative(p), jobs.notebook,
-                                      (str(p), str(root))) for p in books]
-    found += [pool.Job(relative(p), jobs.tests, (relative(p), options(p),
-                                                 str(root))) for p in files]
-    return [pool.Job('sync', jobs.sync, (str(root),)),
-            *sorted(found, key=lambda job: -expected_seconds(job.name))]
+
+    def of_notebook(path):
+        return pool.Job(path.relative_to(root).as_posix(), jobs.notebook, (str(path), str(root)))
+
+    def of_tests(path):
+        name, options = path.relative_to(root).as_posix(), []
+        if fast: options = ['-m', 'not slow']
+        elif path in words: options = ['-k', words[path]]
+        return pool.Job(name, jobs.tests, (name, options, str(root)))
+
+    found = [] if fast else [of_notebook(p) for p in books]
+    found += [of_tests(p) for p in files]
+    longest_first = sorted(found, key=lambda job: -expected_seconds(job.name))
+    return [pool.Job('sync', jobs.sync, (str(root),)), *longest_first]
 
 
 def of_nbdev(root=ROOT):
@@ -50,7 +57,7 @@ def of_nbdev(root=ROOT):
 
 
 def prove(found, say=print, workers=None):
-    """Runs the jobs, says how each ended, and returns what they found; a sync that fails ends all."""
+    """Runs the jobs, says how each ended, returns what they found; a sync that fails ends all."""
     total = dict(passed=[], failed=[], skipped={}, parts={}, jobs={})
     for done in pool.run(found, workers):
         name, value = done.job.name, done.value
@@ -62,7 +69,8 @@ def prove(found, say=print, workers=None):
             counts = ', '.join(f'{len(value[k])} {k}' for k in jobs.NAMES if value[k])
             say(f'{done.seconds:7.1f} s  {name}: {counts}')
         if value['failed']:
-            say(f'---- {name}\n{done.said.strip()}\n---- {done.why or "failed"}: {", ".join(value["failed"])}\n')
+            failed = f'{done.why or "failed"}: {", ".join(value["failed"])}'
+            say(f'---- {name}\n{done.said.strip()}\n---- {failed}\n')
         for key in ('passed', 'failed'): total[key] += value[key]
         for key in ('skipped', 'parts'): total[key] |= value[key]
         total['jobs'][name] = done.cpu
@@ -72,18 +80,19 @@ def prove(found, say=print, workers=None):
 
 def summary(total, seconds, say=print):
     """The last lines; whether all went well."""
-    reasons = {}
+    reasons, cpu = {}, sum(total['jobs'].values())
     for name, why in total['skipped'].items(): reasons.setdefault(why, []).append(name)
     for why, names in reasons.items():
-        say(f'skipped: {names[0]}{f" and {len(names) - 1} more" if len(names) > 1 else ""}: {why}')
+        more = f' and {len(names) - 1} more' if len(names) > 1 else ''
+        say(f'skipped: {names[0]}{more}: {why}')
     slowest = sorted(total['parts'].items(), key=lambda part: -part[1])[:SLOWEST]
-    say(f'\nthe slowest parts, in seconds of the processor (of {sum(total["jobs"].values()):.0f} in all):')
-    for name, cpu in slowest: say(f'{cpu:7.1f} s  {name}')
+    say(f'\nthe slowest parts, in seconds of the processor (of {cpu:.0f} in all):')
+    for name, spent in slowest: say(f'{spent:7.1f} s  {name}')
     books = sum(name.endswith('.ipynb') for name in total['passed'])
     ran = bool(total['passed']) and not total['failed']
     say(f'\n{"PASSED" if ran else "FAILED"} in {seconds:.0f} s; {books} notebooks ran.')
     for name in total['failed']: say(f'  failed: {name}')
-    say(f'{len(total["passed"])} passed, {len(total["failed"])} failed, {len(total["skipped"])} skipped')
+    say(', '.join(f'{len(total[key])} {key}' for key in jobs.NAMES))
     return ran
 
 
@@ -102,8 +111,8 @@ def main():
     args = parser.parse_args()
     os.environ.update(QUIET, PYTHONWARNINGS='ignore::DeprecationWarning')
     began = time.time()
-    total = prove(listed(fast=args.fast, only=args.only), lambda text: print(text, flush=True),
-                  args.workers)
+    say = lambda text: print(text, flush=True)
+    total = prove(listed(fast=args.fast, only=args.only), say, args.workers)
     well = summary(total, time.time() - began)
     if args.times:
         Path(args.times).write_text(times(total, args.times.endswith('.json')), encoding='utf8')
@@ -111,14 +120,17 @@ def main():
 
 
 def times(total, as_json):
-    """Seconds of the processor of every job as JSON; or of every job, cell and test (above a fifth of one) as Markdown."""
+    """Seconds of the processor of every job as JSON; or as Markdown, with every cell and test.
+
+    Of cells and tests only those above a fifth of a second."""
     if as_json:
-        return json.dumps({name: round(cpu) for name, cpu in sorted(total['jobs'].items())},
-                          indent=0) + '\n'
+        rounded = {name: round(cpu) for name, cpu in sorted(total['jobs'].items())}
+        return json.dumps(rounded, indent=0) + '\n'
     longest = lambda found: sorted(found.items(), key=lambda item: -item[1])
-    rows = [*longest(total['jobs']), *(item for item in longest(total['parts']) if item[1] > .2)]
-    return '\n'.join(['| notebook, file, cell or test | CPU s |', '|:--|--:|',
-                      *(f'| {n} | {s:.1f} |' for n, s in rows)]) + '\n'
+    parts = {name: cpu for name, cpu in total['parts'].items() if cpu > .2}
+    rows = [f'| {name} | {cpu:.1f} |' for found in (total['jobs'], parts)
+            for name, cpu in longest(found)]
+    return '\n'.join(['| notebook, file, cell or test | CPU s |', '|:--|--:|', *rows]) + '\n'
 
 
 if __name__ == '__main__':

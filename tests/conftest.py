@@ -16,19 +16,23 @@ from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 
 matplotlib.use('agg')
-hypothesis_settings.register_profile('course', derandomize=True, deadline=None, max_examples=25, database=None,
-                                     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+expected = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+hypothesis_settings.register_profile('course', derandomize=True, deadline=None, max_examples=25,
+                                     database=None, suppress_health_check=expected)
 hypothesis_settings.load_profile('course')
 if torch.get_num_threads() != 1: torch.set_num_threads(1)
 
 
 @pytest.fixture
 def data_root():
-    """A function from a name, such as 'MNIST' or 'mvtec/screw', to its path among the real data; skips where it is absent."""
+    """A function from a name, such as 'MNIST' or 'mvtec/screw', to its path among the real data.
+
+    Skips where it is absent."""
     root = Path(os.environ.get('AD_COURSE_DATA', Path.home()/'.cache'/'ad_course'))
     def find(name):
         if not (root/name).exists():
-            reason = f'{name} is not among the real data (set AD_COURSE_DATA to the folder that holds it)'
+            advice = 'set AD_COURSE_DATA to the folder that holds it'
+            reason = f'{name} is not among the real data ({advice})'
             if os.environ.get('AD_COURSE_NEED_DATA'): pytest.fail(reason)
             pytest.skip(reason)
         return root/name

@@ -1,7 +1,11 @@
-"""Runs notebooks again and keeps their new outputs.   python -m tests.execute [nbs/1_autoencoders/11_ae.ipynb ...]
+"""Runs notebooks again and keeps their new outputs.
 
-Without a name, all notebooks in order. Cells that nbdev_test leaves out (notest, slow, cuda, eval: false) keep the outputs
-they have. Pictures are kept with a palette of 256 colors, at less than half the size. A notebook is written only when all its cells have passed, and in one step: one that fails stays as it was."""
+  python -m tests.execute [nbs/1_autoencoders/11_ae.ipynb ...]
+
+Without a name, all notebooks in order. Cells that nbdev_test leaves out (notest, slow, cuda, eval:
+false) keep the outputs they have. Pictures are kept with a palette of 256 colors, at less than half
+the size. A notebook is written only when all its cells have passed, and in one step: one that fails
+stays as it was."""
 import base64
 import io
 import os
@@ -14,17 +18,21 @@ from .project import QUIET, ROOT, Cell, environment, notebook_paths
 
 
 def small(png):
-    """A base64 PNG with a palette of 256 colors; no pixel changes visibly (by 5 of 255 at most on the course's figures)."""
+    """A base64 PNG with a palette of 256 colors.
+
+    No pixel changes visibly, by 5 of 255 at most on the course's figures."""
     from PIL import Image
     raw, new = base64.b64decode(png), io.BytesIO()
-    Image.open(io.BytesIO(raw)).convert('RGB').quantize(256, method=Image.Quantize.MAXCOVERAGE,
-                                                        dither=Image.Dither.NONE).save(new, 'PNG',
-                                                                                       optimize=True)
+    image = Image.open(io.BytesIO(raw)).convert('RGB')
+    method, dither = Image.Quantize.MAXCOVERAGE, Image.Dither.NONE
+    image.quantize(256, method=method, dither=dither).save(new, 'PNG', optimize=True)
     return base64.b64encode(min(raw, new.getvalue(), key=len)).decode() + '\n'
 
 
 def execute(path, limit=1800):
-    """Runs the notebook at `path` in a fresh kernel, in its own folder, and replaces the file when all went well."""
+    """Runs the notebook at `path` in a fresh kernel, in its own folder.
+
+    It replaces the file when all went well."""
     import nbformat
     from nbclient import NotebookClient
 
@@ -34,15 +42,15 @@ def execute(path, limit=1800):
             return await super().async_execute_cell(cell, cell_index, **kwargs)
 
     nb = nbformat.read(path, as_version=4)
-    # As a person sees it, but without bars and live widgets; the kernel itself chooses the inline backend.
+    # As a person sees it, but without bars and live widgets; the kernel chooses the inline backend.
     env = environment(**{**QUIET, 'MPLBACKEND': None})
-    client = Client(nb, timeout=limit, kernel_name='python3', resources=dict(metadata=dict(path=str(Path(path).parent))),
+    where = dict(metadata=dict(path=str(Path(path).parent)))
+    client = Client(nb, timeout=limit, kernel_name='python3', resources=where,
                     coalesce_streams=True, store_widget_state=False, record_timing=False)
     client.execute(env=env)
-    for data in [o['data'] for c in nb.cells for o in c.get('outputs',
-                                                            []) if 'image/png' in o.get('data',
-                                                                                        {})]:
-        data['image/png'] = small(data['image/png'])
+    for output in (o for c in nb.cells for o in c.get('outputs', [])):
+        data = output.get('data', {})
+        if 'image/png' in data: data['image/png'] = small(data['image/png'])
     new = Path(path).with_name(f'.{Path(path).name}.new')
     try:
         new.write_text(nbformat.writes(nb) + '\n', encoding='utf8', newline='\n')
@@ -51,7 +59,7 @@ def execute(path, limit=1800):
 
 
 def main(names):
-    """Executes the notebooks named, or all, then cleans and exports; stops at the first that fails."""
+    """Executes the notebooks named, or all, cleans and exports; stops at the first that fails."""
     paths = [Path(n).resolve() for n in names] or notebook_paths()
     missing = [str(p) for p in paths if not p.is_file()]
     if missing or not paths:

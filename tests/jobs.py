@@ -1,7 +1,8 @@
-"""What is proven, one job at a time: a notebook, a file of tests, or that notebooks, package and README agree.
+"""What is proven, a job at a time: a notebook, a file of tests, or that all agree with each other.
 
-Each function runs in a process of its own (tests/pool.py) and returns a dict: `passed`, `failed` and `skipped` hold names,
-with a reason where there is one, and `parts` says which cells or tests took how many seconds of the processor."""
+Each function runs in a process of its own (tests/pool.py) and returns a dict: `passed`, `failed`
+and `skipped` hold names, with a reason where there is one, and `parts` says which cells or tests
+took how many seconds of the processor."""
 import contextlib
 import json
 import os
@@ -26,7 +27,9 @@ def sync(root=ROOT):
 
 
 def forked(work, *args):
-    """What `work` returns, as JSON, from a fork of this process: the fork sees all that is here and changes nothing of it."""
+    """What `work` returns, as JSON, from a fork of this process.
+
+    The fork sees all that is here and changes nothing of it."""
     reader, writer = os.pipe()
     sys.stdout.flush()
     if not (child := os.fork()):
@@ -40,18 +43,23 @@ def forked(work, *args):
     os.close(writer)
     with open(reader, encoding='utf8') as answer: said = answer.read()
     _, status = os.waitpid(child, 0)
-    return json.loads(said) if said and not status else dict(error=f'ended without a word (status {status})', cell=-1)
+    if said and not status: return json.loads(said)
+    return dict(error=f'ended without a word (status {status})', cell=-1)
 
 
 def can_fork():
-    """Whether cells for a GPU can run in a fork of their notebook. Not where there is a GPU: CUDA does not survive a fork."""
+    """Whether cells for a GPU can run in a fork of their notebook.
+
+    Not where there is a GPU: CUDA does not survive a fork."""
     if not hasattr(os, 'fork') or sys.platform == 'darwin': return False
     import torch
     return not torch.cuda.is_available()
 
 
 def watched(path, root, seen):
-    """nbdev's shell for notebooks, which notes the cells that ran and runs those for a GPU, shrunk, beside them."""
+    """nbdev's shell for notebooks, which notes the cells that ran.
+
+    It runs those for a GPU, shrunk, beside them."""
     from nbdev import test
     notebook = Notebook(path, root)
     first = min((c.index for c in smoke.flagged(notebook)), default=None)
@@ -73,14 +81,15 @@ def watched(path, root, seen):
 
 
 def notebook(path, root=ROOT):
-    """A notebook as nbdev_test runs it, and in the same run, beside it and shrunk, its cells for a GPU or for long minutes."""
+    """A notebook as nbdev_test runs it.
+
+    In the same run, beside it and shrunk, its cells for a GPU or for long minutes."""
     from fastcore.xtras import working_directory
     from nbdev import test
     from nbdev.config import get_config
     path, root = Path(path), Path(root)
-    nb, seen, name = Notebook(path, root), dict(cells={}, smoke=None, since=0.), Notebook(path,
-                                                                                          root).name
-    out = dict(passed=[], failed=[], skipped={}, parts={})
+    nb, seen = Notebook(path, root), dict(cells={}, smoke=None, since=0.)
+    name, out = nb.name, dict(passed=[], failed=[], skipped={}, parts={})
     with working_directory(root):
         config = get_config(path=root)
         test.CaptureShell = watched(path, root, seen)
@@ -104,13 +113,16 @@ def shrunk(nb, result, out):
     if result.get('missing_data') and not os.environ.get('AD_COURSE_NEED_DATA'):
         out['skipped'][name] = result['error'][:300]
     elif result.get('error') or missed:
-        print(f"{name}: cell {result.get('cell')}: {result.get('error', f'{missed} did not run')}\n\n{result.get('source', '')}")
+        error = result.get('error', f'{missed} did not run')
+        print(f"{name}: cell {result.get('cell')}: {error}\n\n{result.get('source', '')}")
         out['failed'].append(name)
     else: out['passed'].append(name)
 
 
 class Tally:
-    """A plugin of pytest that counts, and measures each test with the fixtures that it was the first to need."""
+    """A plugin of pytest that counts, and measures each test.
+
+    With the fixtures that it was the first to need."""
     def __init__(self): self.out = dict(passed=[], failed=[], skipped={}, parts={})
 
     def pytest_runtest_logstart(self, nodeid): self.since = processor_time()
@@ -121,8 +133,9 @@ class Tally:
         name = report.nodeid
         if report.failed and name not in self.out['failed']: self.out['failed'].append(name)
         if report.skipped:
-            self.out['skipped'][name] = str(report.longrepr[2] if isinstance(report.longrepr,
-                                                                             tuple) else report.longrepr)
+            where_and_why = report.longrepr   # (file, line, reason), or text
+            if isinstance(where_and_why, tuple): where_and_why = where_and_why[2]
+            self.out['skipped'][name] = str(where_and_why)
         if report.passed and report.when == 'call': self.out['passed'].append(name)
 
     def pytest_collectreport(self, report):

@@ -1,7 +1,8 @@
-"""Jobs in processes of their own, as many at once as there are cores, each with its output kept apart.
+"""Jobs in processes of their own, as many at once as there are cores, their outputs kept apart.
 
-On Linux every process is forked from one that has already imported the large libraries (a `forkserver`), which saves seconds
-a job; elsewhere it starts from nothing. A job that dies, hangs, or answers nothing has failed."""
+On Linux every process is forked from one that has already imported the large libraries (a
+`forkserver`), which saves seconds a job; elsewhere it starts from nothing. A job that dies, hangs,
+or answers nothing has failed."""
 import json
 import multiprocessing
 import os
@@ -15,8 +16,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 # What nearly every notebook and test imports; a name that is not installed is passed over.
-WARM = ['torch', 'torchvision', 'scipy.stats', 'sklearn.datasets', 'sklearn.ensemble', 'sklearn.svm',
-        'matplotlib.pyplot', 'nbdev.test', 'pytest', 'hypothesis']
+WARM = ['torch', 'torchvision', 'scipy.stats', 'sklearn.datasets', 'sklearn.ensemble',
+        'sklearn.svm', 'matplotlib.pyplot', 'nbdev.test', 'pytest', 'hypothesis']
 
 
 @dataclass
@@ -30,22 +31,23 @@ class Job:
 
 @dataclass
 class Done:
-    """How a job ended: what it returned (None where it failed), its seconds, what it printed, and why it failed."""
+    """How a job ended."""
     job: Job
-    value: object
+    value: object    # what it returned; None where it failed
     seconds: float
-    cpu: float
-    said: str
-    why: str = ''
+    cpu: float       # seconds of the processor
+    said: str        # what it printed
+    why: str = ''    # why it failed
 
 
 def cores():
     """How many jobs can run at once: the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    if hasattr(os, 'sched_getaffinity'): return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def processor_time():
-    """User seconds of this process and of its children that have ended; what waits or is disturbed counts nothing."""
+    """User seconds of this process and of its children that have ended; waiting counts nothing."""
     t = os.times()
     return t.user + t.children_user
 
@@ -65,7 +67,7 @@ def begin(work, args, folder):
 
 
 def kill(process):
-    """Ends a process and those that it started; it may have ended by itself and left some behind."""
+    """Ends a process and those that it started; it may have ended itself and left some behind."""
     if os.name != 'posix':
         return subprocess.run(['taskkill', '/F', '/T', '/PID', str(process.pid)],
                               capture_output=True)
@@ -94,9 +96,8 @@ def run(jobs, workers=None):
                     process.start()
                     running[process.sentinel] = job, process, folder, time.time()
                 ended = wait(list(running), timeout=1)
-                late = [s
-                        for s, (job, *_, since) in running.items() if time.time() > since
-                        + job.limit]
+                late = [sentinel for sentinel, (job, *_, since) in running.items()
+                        if time.time() > since + job.limit]
                 for sentinel in dict.fromkeys([*ended, *late]):
                     yield finish(*running.pop(sentinel), stopped=sentinel not in ended)
         finally:
@@ -107,9 +108,13 @@ def finish(job, process, folder, since, stopped):
     """What became of a job whose process has ended, or is to be stopped."""
     kill(process)
     process.join()
-    read = lambda name: (folder/name).read_text(encoding='utf8',
-                                                errors='replace') if (folder/name).exists() else ''
-    answer = json.loads(read('answer') or '{}')
-    why = '' if answer else f'stopped after {job.limit:.0f} s' if stopped else f'ended without an answer (exit {process.exitcode})'
-    return Done(job, answer.get('value'), time.time() - since, answer.get('cpu', 0.), read('log'),
-                why)
+
+    def read(name):
+        path = folder/name
+        return path.read_text(encoding='utf8', errors='replace') if path.exists() else ''
+
+    answer, why = json.loads(read('answer') or '{}'), ''
+    if not answer: why = f'ended without an answer (exit {process.exitcode})'
+    if not answer and stopped: why = f'stopped after {job.limit:.0f} s'
+    seconds, cpu = time.time() - since, answer.get('cpu', 0.)
+    return Done(job, answer.get('value'), seconds, cpu, read('log'), why)

@@ -1,4 +1,6 @@
-"""Where things are: the settings, the notebooks and their cells, the modules. Nothing here knows what a test is."""
+"""Where things are: the settings, the notebooks and their cells, the modules.
+
+Nothing here knows what a test is."""
 import ast
 import json
 import os
@@ -12,10 +14,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# One thread each, no windows, no bars and no live widgets: outputs are then the same everywhere and several notebooks
-# share a small machine.
-QUIET = dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', MPLBACKEND='agg', TQDM_DISABLE='1',
-             AD_COURSE_STATIC='1', PYTHONHASHSEED='0', PYTHONUNBUFFERED='1', PYTHONUTF8='1')
+# One thread each, no windows, no bars and no live widgets: outputs are then the same everywhere and
+# several notebooks share a small machine.
+QUIET = dict(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', MPLBACKEND='agg',
+             TQDM_DISABLE='1', AD_COURSE_STATIC='1', PYTHONHASHSEED='0', PYTHONUNBUFFERED='1',
+             PYTHONUTF8='1')
 SMOKE_FLAGS = ('cuda', 'slow')
 
 
@@ -29,7 +32,8 @@ def command(name):
     """The program that pip installed beside this Python."""
     found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     if not found:
-        raise FileNotFoundError(f"{name} is not installed beside {sys.executable}: run `make`, or pip install -e '.[dev]'")
+        advice = "run `make`, or pip install -e '.[dev]'"
+        raise FileNotFoundError(f'{name} is not installed beside {sys.executable}: {advice}')
     return found
 
 
@@ -43,31 +47,37 @@ def settings(root=ROOT):
 
 
 def notebook_paths(root=ROOT):
-    """The notebooks that nbdev sees: no name and no folder on the way begins with a dot or an underscore."""
+    """The notebooks that nbdev sees: no name on the way begins with a dot or an underscore."""
     nbs = root/settings(root)['nbs_path']
     hidden = lambda p: any(part.startswith(('.', '_')) for part in p.relative_to(nbs).parts)
     return sorted(p for p in nbs.rglob('*.ipynb') if not hidden(p))
 
 
+# Folders that are hidden or built, but for those that hold the project's own settings.
+BUILT = re.compile(r'^(\.(?!ci$|github$|git(ignore|attributes)$).*|_proc|_docs|build|dist'
+                   r'|__pycache__|.*\.egg-info)$')
+
+
 def project_files(root=ROOT):
-    """What git tracks or would add, as paths from the root; without git, all files outside hidden and built folders."""
+    """What git tracks or would add, as paths from the root.
+
+    Without git, all files outside hidden and built folders."""
     git = subprocess.run(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'],
                          cwd=root, capture_output=True)
     if git.returncode == 0 and git.stdout:
         names = {Path(n) for n in git.stdout.decode('utf8').split('\0') if n}
         return sorted(p for p in names if (root/p).is_file())
-    built = re.compile(r'^(\.(?!ci$|github$|git(ignore|attributes)$).*|_proc|_docs|build|dist|__pycache__|.*\.egg-info)$')
     found = []
     for folder, folders, names in os.walk(root):
-        folders[:] = [d for d in folders if not built.match(d)]
-        found += [(Path(folder)/n).relative_to(root) for n in names if not built.match(n)]
+        folders[:] = [d for d in folders if not BUILT.match(d)]
+        found += [(Path(folder)/n).relative_to(root) for n in names if not BUILT.match(n)]
     return sorted(found)
 
 
 def modules(root=ROOT):
     """The modules of the package by name, without the private ones."""
-    return {p.stem: p
-            for p in sorted((root/settings(root)['lib_path']).glob('*.py')) if not p.stem.startswith('_')}
+    paths = sorted((root/settings(root)['lib_path']).glob('*.py'))
+    return {p.stem: p for p in paths if not p.stem.startswith('_')}
 
 
 def own_imports(tree, lib=None):
@@ -91,17 +101,18 @@ class Cell:
         self.outputs = raw.get('outputs', [])
 
     def __repr__(self):
-        return f'cell {self.index} ({self.code.strip().splitlines()[0][:60] if self.code.strip() else "empty"})'
+        lines = self.code.strip().splitlines()
+        return f'cell {self.index} ({lines[0][:60] if lines else "empty"})'
 
     @property
     def is_code(self): return self.kind == 'code' and bool(self.source.strip())
 
     @cached_property
     def flags(self):
-        """Directives such as `#| export` or `#| eval: false`, by name, with the words that follow."""
+        """Directives such as `#| export` or `#| eval: false`: name -> the words that follow."""
         if self.kind != 'code': return {}
-        found = re.findall(r'^[ \t]*#[ \t]*\|[ \t]*([\w-]+)[ \t]*(:?)[ \t]*(.*)$', self.source,
-                           re.M)
+        directive = r'^[ \t]*#[ \t]*\|[ \t]*([\w-]+)[ \t]*(:?)[ \t]*(.*)$'
+        found = re.findall(directive, self.source, re.M)
         return {name + colon: rest.strip() for name, colon, rest in found}
 
     @property
@@ -149,7 +160,8 @@ class Notebook:
     @property
     def part(self):
         """The folder under nbs/, or '' for the landing page."""
-        return self.path.parent.name if self.path.parent.name != settings(self.root)['nbs_path'] else ''
+        folder = self.path.parent.name
+        return '' if folder == settings(self.root)['nbs_path'] else folder
 
     @property
     def is_chapter(self): return bool(re.match(r'[1-6]_', self.part))
@@ -172,11 +184,17 @@ def notebooks(root=ROOT):
 
 
 def write_notebook(path, *sources):
-    """A small notebook at `path` for a test: code cells, and markdown where a source begins with `#` and a space."""
-    cells = [dict(cell_type='markdown', id=f'{i:08x}', metadata={}, source=s) if s.startswith(('# ', '## ')) else
-             dict(cell_type='code', id=f'{i:08x}', metadata={}, outputs=[], execution_count=None, source=s) for i, s in enumerate(sources)]
+    """A small notebook at `path` for a test: code cells, and markdown.
+
+    Markdown is a source that begins with one or two `#` and a space."""
+    cells = []
+    for i, source in enumerate(sources):
+        cell = dict(id=f'{i:08x}', metadata={}, source=source)
+        if source.startswith(('# ', '## ')): cell |= dict(cell_type='markdown')
+        else: cell |= dict(cell_type='code', outputs=[], execution_count=None)
+        cells.append(cell)
     kernel = dict(name='python3', language='python', display_name='python3')
+    raw = dict(cells=cells, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dict(cells=cells, metadata=dict(kernelspec=kernel), nbformat=4,
-                                    nbformat_minor=5)), encoding='utf8')
+    path.write_text(json.dumps(raw), encoding='utf8')
     return path

@@ -1,7 +1,8 @@
 """README.md from nbs/index.ipynb, without Quarto.   python -m tests.readme
 
-nbdev's own command needs Quarto and writes the pictures of the outputs beside the README; here they go to nbs/images, and
-links that hold from nbs/ are rewritten so that they hold from the repository's root."""
+nbdev's own command needs Quarto and writes the pictures of the outputs beside the README; here they
+go to nbs/images, and links that hold from nbs/ are rewritten so that they hold from the
+repository's root."""
 import base64
 import posixpath
 import re
@@ -16,7 +17,9 @@ NOTICE = '<!-- Made from {} by `make readme`. Edit the notebook, not this file. 
 
 
 def rebase(text, folder):
-    """Links and images relative to `folder` become relative to the root; addresses, anchors and code stay as they are."""
+    """Links and images relative to `folder` become relative to the root.
+
+    Addresses, anchors and code stay as they are."""
     def moved(match):
         target = match['target']
         if LEFT_ALONE.match(target): return match[0]
@@ -26,17 +29,24 @@ def rebase(text, folder):
     return ''.join(p if i % 2 else TARGET.sub(moved, p) for i, p in enumerate(pieces))
 
 
+def flags_of(cell):
+    """The directives of a cell by name, with the words that follow."""
+    if cell.cell_type != 'code': return {}
+    found = re.findall(r'^[ \t]*#[ \t]*\|[ \t]*([\w-]+:?)[ \t]*(.*)$', cell.source, re.M)
+    return {name: rest.strip() for name, rest in found}
+
+
+def left_out(cell, flags):
+    """Whether a README does not show a cell. That which installs the course is for Colab only."""
+    hidden = flags.keys() & {'hide', 'default_exp'} or flags.get('include:') == 'false'
+    return bool(hidden) or cell.cell_type == 'raw' or '/content' in cell.source
+
+
 def prepared(nb, folder):
-    """The notebook's cells as a README shows them, and the pictures among its outputs by path from the root."""
+    """The notebook's cells as a README shows them, and the pictures by path from the root."""
     cells, pictures = [], {}
     for number, cell in enumerate(nb.cells):
-        flags = re.findall(r'^[ \t]*#[ \t]*\|[ \t]*([\w-]+:?)[ \t]*(.*)$', cell.source,
-                           re.M) if cell.cell_type == 'code' else []
-        flags = {name: rest.strip() for name, rest in flags}
-        # The cell that installs the course in Colab is for notebooks only.
-        if cell.cell_type == 'raw' or flags.keys() & {'hide',
-                                                      'default_exp'} or flags.get('include:') == 'false' or '/content' in cell.source:
-            continue
+        if left_out(cell, flags := flags_of(cell)): continue
         if cell.cell_type == 'markdown':
             if number == 0:
                 cell.source = re.sub(r'^>\s?', '', cell.source, flags=re.M).replace('\n', '\n\n', 1)
@@ -64,12 +74,12 @@ def render(root=ROOT):
     from nbconvert import MarkdownExporter
     folder, name = settings(root)['nbs_path'], 'index.ipynb'
     nb, pictures = prepared(nbformat.read(root/folder/name, as_version=4), folder)
-    text, _ = MarkdownExporter(exclude_input_prompt=True,
-                               exclude_output_prompt=True).from_notebook_node(nb)
+    exporter = MarkdownExporter(exclude_input_prompt=True, exclude_output_prompt=True)
+    text, _ = exporter.from_notebook_node(nb)
     text = re.sub(r'^```python\n+```$', '', text, flags=re.M)
     text = re.sub(r'[ \t]+$', '', text, flags=re.M)
-    text = NOTICE.format(posixpath.join(folder, name)) + re.sub(r'\n{3,}', '\n\n',
-                                                                text).strip() + '\n'
+    text = re.sub(r'\n{3,}', '\n\n', text).strip()
+    text = NOTICE.format(posixpath.join(folder, name)) + text + '\n'
     return {'README.md': text.encode('utf8'), **pictures}
 
 

@@ -12,7 +12,9 @@ ALWAYS = ('test_layout',)
 
 @lru_cache
 def known_seconds():
-    """Seconds of the processor of each job when they were last written down (`python -m tests --times tests/seconds.json`)."""
+    """Seconds of the processor of each job when they were last written down.
+
+    That is done by `python -m tests --times tests/seconds.json`."""
     return json.loads(SECONDS.read_text(encoding='utf8')) if SECONDS.exists() else {}
 
 
@@ -35,25 +37,25 @@ def importers(names, root=ROOT):
 
 
 def uses(path, root=ROOT):
-    """The modules that a file of tests imports; test_benchmarks those of the scripts that it runs."""
-    also = (root/'tests'/'benchmarks').glob('*.py') if path.stem == 'test_benchmarks' else ()
-    return set().union(*(own_imports(read(p)) for p in (path, *also)))
+    """The modules that a file of tests imports; test_benchmarks uses those of its scripts too."""
+    scripts = (root/'tests'/'benchmarks').glob('*.py') if path.stem == 'test_benchmarks' else ()
+    return set().union(*(own_imports(read(p)) for p in (path, *scripts)))
 
 
 def concerned(names, root=ROOT):
-    """(notebooks, files of tests, file -> an expression for -k) for a change in the notebooks `names`.
+    """What a change in the notebooks `names` concerns.
 
-    The notebooks themselves, what imports their modules, and the tests of all these modules.
+    (notebooks, files of tests, file -> an expression for -k): the notebooks themselves, what
+    imports their modules, and the tests of all these modules.
     Raises SystemExit where a name is no notebook."""
     root, wanted = Path(root), [Path(n).resolve() for n in names]
     books = {p.resolve(): Notebook(p, root) for p in notebook_paths(root)}
     if missing := [str(p) for p in wanted if p not in books]:
         raise SystemExit(f'FAILED: no such notebook: {", ".join(missing)}')
     found = importers({books[p].module for p in wanted} - {None}, root)
-    imported = {p: set().union(*(own_imports(c.tree) for c in nb.code_cells)) for p, nb
-                in books.items()}
-    chosen = [nb.path for p, nb in books.items() if p in wanted or nb.module in found
-              or imported[p] & found]
+    imported_by = lambda nb: set().union(*(own_imports(c.tree) for c in nb.code_cells))
+    chosen = [nb.path for p, nb in books.items()
+              if p in wanted or nb.module in found or imported_by(nb) & found]
     files, words = [], {}
     for file in sorted((root/'tests').glob('test_*.py')):
         if file.stem == 'test_conformance' and found:

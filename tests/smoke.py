@@ -1,10 +1,13 @@
-"""Runs the cells of a notebook that `nbdev_test` leaves out, and only what they need.   python -m tests.smoke NOTEBOOK
+"""Runs the cells of a notebook that `nbdev_test` leaves out, and only what they need.
 
-Cells flagged `#| cuda` or `#| slow` take a GPU or long minutes at full size. Here AD_COURSE_SMOKE=1 asks them to shrink (few
-images, one epoch) and no GPU is visible. `make test` runs them in a fork of the notebook's own run, at the first such cell, so
-that what they use is there already; the command runs before them the cells that define the names they use, found by reading
-the code. Where that reading was too short, the whole notebook runs, and what happens then is the verdict. Prints one line of
-JSON."""
+  python -m tests.smoke NOTEBOOK
+
+Cells flagged `#| cuda` or `#| slow` take a GPU or long minutes at full size. Here AD_COURSE_SMOKE=1
+asks them to shrink (few images, one epoch) and no GPU is visible. `make test` runs them in a fork
+of the notebook's own run, at the first such cell, so that what they use is there already; the
+command runs before them the cells that define the names they use, found by reading the code. Where
+that reading was too short, the whole notebook runs, and what happens then is the verdict. Prints
+one line of JSON."""
 import ast
 import json
 import os
@@ -38,12 +41,12 @@ def names(tree):
             sets |= {(a.asname or a.name).split('.')[0] for a in node.names}
         elif isinstance(node, SCOPES): sets |= {getattr(node, 'name', None)} - {None}
         if not isinstance(node, SCOPES): todo += ast.iter_child_nodes(node)
-    return sets, {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx,
-                                                                                         ast.Load)}
+    named = [n for n in ast.walk(tree) if isinstance(n, ast.Name)]
+    return sets, {n.id for n in named if isinstance(n.ctx, ast.Load)}
 
 
 def changes(tree):
-    """The names whose values a cell's statements may change in place: `model.fit(x)`, `rows.append(1)`, `a[0] = 1`."""
+    """The names whose values a cell may change in place: `model.fit(x)`, `a[0] = 1`."""
     found = set()
     for statement in tree.body:
         if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
@@ -59,38 +62,49 @@ def changes(tree):
     return found
 
 
+def imports_all(tree):
+    """Whether a cell imports a star: no reading says what that gives."""
+    found = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+    return any(n.names[0].name == '*' for n in found)
+
+
 def needed(notebook):
-    """The indices of the flagged cells and of the cells before the last of them that give what they use."""
+    """The indices of the flagged cells, and of those before the last of them that they need."""
     targets = {c.index for c in flagged(notebook)}
-    before = [c for c in notebook.code_cells if c.index in targets
-              or (c.runs() and c.index < max(targets, default=0))]
-    read = {c.index: names(c.tree) for c in before}
-    gives = {c.index: read[c.index][0] | changes(c.tree) for c in before}
-    star = {c.index for c in before for n in ast.walk(c.tree) if isinstance(n,
-                                                                            ast.ImportFrom) and n.names[0].name == '*'}
-    wanted = targets | star
+    last = max(targets, default=0)
+    before = [c for c in notebook.code_cells
+              if c.index in targets or (c.runs() and c.index < last)]
+    reads, gives = {}, {}
+    for c in before:
+        sets, reads[c.index] = names(c.tree)
+        gives[c.index] = sets | changes(c.tree)
+    wanted = targets | {c.index for c in before if imports_all(c.tree)}
     # Again until nothing new comes in: a function may use a name that a later cell defines.
-    while more := {i for i in gives if i not in wanted
-                   and gives[i] & set().union(*(read[j][1] for j in wanted))}:
+    while True:
+        used = set().union(*(reads[i] for i in wanted))
+        more = {i for i in gives if i not in wanted and gives[i] & used}
+        if not more: return wanted
         wanted |= more
-    return wanted
 
 
 def run(shell, nb, notebook, only=None, start=0):
-    """Runs the cells `only` from `start` on (all runnable and flagged ones where None), as nbdev runs them; what happened."""
+    """Runs the cells `only` from `start` on, as nbdev runs them; what happened.
+
+    only: indices; None stands for all that run or are flagged."""
     targets, result = {c.index for c in flagged(notebook)}, dict(ran=[], seconds={}, error=None)
     for cell in notebook.code_cells:
-        if cell.index < start or not (cell.index in targets or cell.runs()) or (only is not None
-                                                                                and cell.index not in only):
-            continue
+        able = cell.index in targets or cell.runs()
+        asked = cell.index >= start and (only is None or cell.index in only)
+        if not (able and asked): continue
         since = time.process_time()
         shell.cell(nb.cells[cell.index])
         result['ran'].append(cell.index)
         result['seconds'][cell.index] = time.process_time() - since
         if shell.exc is None: continue
-        kind = type(shell.exc)
-        return result | dict(cell=cell.index, source=cell.source[:2000], error=f'{kind.__name__}: {shell.exc}'[:3000],
-                             missing_data=issubclass(kind, FileNotFoundError))
+        error = f'{type(shell.exc).__name__}: {shell.exc}'[:3000]
+        missing = isinstance(shell.exc, FileNotFoundError)
+        return result | dict(cell=cell.index, source=cell.source[:2000], error=error,
+                             missing_data=missing)
     return result
 
 
@@ -100,13 +114,13 @@ def shrink():
 
 
 def beside(shell, nb, notebook, only):
-    """`run` in a fork of the notebook's run, where all cells before the first flagged one have run."""
+    """`run` in a fork of the notebook's run: the cells before the first flagged one have run."""
     shrink()
     return run(shell, nb, notebook, only, start=min(c.index for c in flagged(notebook)))
 
 
 def verdict(attempt, notebook):
-    """What `attempt` says of the cells that are needed; where that reading was too short, what it says of all (None)."""
+    """What `attempt` says of the needed cells; where that was too short, of all (None)."""
     result = attempt(needed(notebook))
     if not result['error'] or result.get('missing_data'): return result | dict(whole=False)
     return attempt(None) | dict(whole=result['error'][:300])
@@ -132,10 +146,9 @@ def apart(path, limit=1200):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding='utf8',
                           timeout=limit, env=environment(**QUIET, **SHRUNK))
     lines = done.stdout.strip().splitlines()
-    if not lines:
-        return dict(ran=[], cell=-1,
-                    error=f'ended without a word (exit {done.returncode}):\n{done.stderr[-3000:]}')
-    return json.loads(lines[-1])
+    if lines: return json.loads(lines[-1])
+    error = f'ended without a word (exit {done.returncode}):\n{done.stderr[-3000:]}'
+    return dict(ran=[], cell=-1, error=error)
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
 """Whether notebooks, package and README agree, and making them agree.
 
-  python -m tests.sync           clean the notebooks, export the modules, make the README (make sync)
-  python -m tests.sync --check   only look: works on a copy, changes nothing, names the files that differ"""
+  python -m tests.sync           clean the notebooks, export the modules, make the README
+  python -m tests.sync --check   only look, at a copy, and name the files that differ"""
 import difflib
 import json
 import shutil
@@ -27,10 +27,12 @@ def copy_project(target, root=ROOT):
 
 
 def run_nbdev(root):
-    """nbdev_clean, then nbdev_export (in this order: a cell gets its id from the first, and the second writes it down)."""
+    """nbdev_clean, then nbdev_export: the first gives a cell the id that the second writes down."""
+    quiet = dict(PYTHONUTF8='1', PYTHONWARNINGS='ignore::DeprecationWarning')
+    env = environment(**quiet, IN_TEST=None)
     for name in ('nbdev_clean', 'nbdev_export'):
-        done = subprocess.run([command(name)], cwd=root, capture_output=True, text=True, encoding='utf8',
-                              env=environment(PYTHONUTF8='1', PYTHONWARNINGS='ignore::DeprecationWarning', IN_TEST=None))
+        done = subprocess.run([command(name)], cwd=root, capture_output=True, text=True,
+                              encoding='utf8', env=env)
         said = (done.stdout + done.stderr).strip()
         # nbdev_clean only warns where it cannot read a notebook
         if done.returncode or 'Failed to clean' in said or 'without `#| default_exp`' in said:
@@ -42,8 +44,17 @@ def text(path):
     return path.read_bytes().replace(b'\r\n', b'\n') if path.exists() else None
 
 
+def made_files(root):
+    """Notebooks, modules and the README's pictures, as paths from the root."""
+    tops = [root/settings(root)[key] for key in ('nbs_path', 'lib_path')]
+    patterns = '*.ipynb', '*.py', 'images/index_*.png'
+    paths = [p for top in tops for pattern in patterns for p in top.rglob(pattern)]
+    found = {p.relative_to(root) for p in paths}
+    return {p for p in found if not {'.ipynb_checkpoints', '__pycache__'} & set(p.parts)}
+
+
 def differences(root=ROOT):
-    """The files that nbdev_clean, nbdev_export or the README's maker would change, each with a few lines of why."""
+    """The files that nbdev or the README's maker would change, each with a few lines of why."""
     if not notebook_paths(root):
         raise RuntimeError(f'no notebook in {root/settings(root)["nbs_path"]}')
     for path in notebook_paths(root): json.loads(path.read_text(encoding='utf8'))
@@ -51,10 +62,7 @@ def differences(root=ROOT):
         copy = copy_project(Path(folder), root)
         run_nbdev(copy)
         if (copy/settings(root)['nbs_path']/'index.ipynb').exists(): readme.write(copy)
-        watched = {p.relative_to(base) for base in (root, copy) for top in (settings(root)['nbs_path'], settings(root)['lib_path'])
-                   for pattern in ('*.ipynb', '*.py',
-                                   'images/index_*.png') for p in (base/top).rglob(pattern)
-                   if not {'.ipynb_checkpoints', '__pycache__'} & set(p.parts)}
+        watched = made_files(root) | made_files(copy)
         watched |= {Path(n) for n in ('README.md', 'pyproject.toml') if (copy/n).exists()}
         pairs = {name: (text(root/name), text(copy/name)) for name in sorted(watched)}
     return {name.as_posix(): why(old, new) for name, (old, new) in pairs.items() if old != new}
@@ -66,9 +74,8 @@ def why(old, new, lines=6):
     if new is None: return 'would be gone'
     try: old, new = old.decode('utf8').splitlines(), new.decode('utf8').splitlines()
     except UnicodeDecodeError: return 'differs'
-    changed = [l[:120] for l in difflib.unified_diff(old, new, n=0,
-                                                     lineterm='') if not l.startswith(('---', '+++',
-                                                                                       '@@'))]
+    compared = difflib.unified_diff(old, new, n=0, lineterm='')
+    changed = [line[:120] for line in compared if not line.startswith(('---', '+++', '@@'))]
     return '\n'.join(changed[:lines])
 
 

@@ -1,4 +1,6 @@
-"""The machinery of `make test` and `make notebooks`, on tiny projects: it must fail where something is wrong, and lose nothing."""
+"""The machinery of `make test` and `make notebooks`, on tiny projects.
+
+It must fail where something is wrong, and lose nothing."""
 import json
 import os
 import shutil
@@ -9,7 +11,8 @@ import pytest
 
 from . import __main__ as stages
 from . import execute, jobs, sync
-from .project import ROOT, Notebook, environment, notebook_paths, project_files, settings, write_notebook
+from .project import (ROOT, Notebook, environment, notebook_paths, project_files, settings,
+                      write_notebook)
 
 
 @pytest.fixture
@@ -18,7 +21,9 @@ def project(tmp_path):
     shutil.copy(ROOT/'settings.ini', tmp_path)
     (tmp_path/'ad_course').mkdir()
     (tmp_path/'ad_course'/'__init__.py').touch()
-    write_notebook(tmp_path/'nbs'/'01_one.ipynb', '# One', '#| default_exp one', '#| exports\ndef one():\n    "One."\n    return 1', 'assert one() == 1', 'print(one())')
+    one = '#| exports\ndef one():\n    "One."\n    return 1'
+    write_notebook(tmp_path/'nbs'/'01_one.ipynb', '# One', '#| default_exp one', one,
+                   'assert one() == 1', 'print(one())')
     write_notebook(tmp_path/'nbs'/'index.ipynb', '# Top', 'x = 1')
     (tmp_path/'tests').mkdir()
     (tmp_path/'tests'/'test_a.py').write_text('def test_a(): pass', encoding='utf8')
@@ -30,7 +35,9 @@ def project(tmp_path):
 def digests(root): return {p: p.read_bytes() for p in root.rglob('*') if p.is_file()}
 
 
-def edit(path, old, new): path.write_text(path.read_text(encoding='utf8').replace(old, new), encoding='utf8')
+def edit(path, old, new):
+    text = path.read_text(encoding='utf8')
+    path.write_text(text.replace(old, new), encoding='utf8')
 
 
 # ---------------------------------------------------------------- sync
@@ -40,8 +47,11 @@ def test_in_sync_changes_nothing(project):
     assert digests(project) == before
 
 
-@pytest.mark.parametrize('name, old, new', [('ad_course/one.py', 'return 1', 'return 2'), ('nbs/01_one.ipynb', 'return 1', 'return 3'),
-    ('nbs/01_one.ipynb', '"execution_count": null', '"execution_count": 7'), ('README.md', 'Top', 'Bottom')])
+@pytest.mark.parametrize('name, old, new', [
+    ('ad_course/one.py', 'return 1', 'return 2'),
+    ('nbs/01_one.ipynb', 'return 1', 'return 3'),
+    ('nbs/01_one.ipynb', '"execution_count": null', '"execution_count": 7'),
+    ('README.md', 'Top', 'Bottom')])
 def test_out_of_sync_is_named_and_nothing_is_lost(project, name, old, new, capsys):
     edit(project/name, old, new)
     before = digests(project)
@@ -125,16 +135,16 @@ def test_a_job_that_dies_is_a_failure(project):
 
 
 def test_a_cell_that_did_not_run_is_a_failure(project):
-    write_notebook(project/'nbs'/'02_two.ipynb', '---\nskip_exec: true\n---', 'x = 1')
-    text = (project/'nbs'/'02_two.ipynb').read_text(encoding='utf8')
-    raw = json.loads(text)
-    raw['cells'][0] = dict(cell_type='raw', id='a', metadata={}, source=['---\nskip_exec: true\n---'])
-    (project/'nbs'/'02_two.ipynb').write_text(json.dumps(raw), encoding='utf8')
+    front = '---\nskip_exec: true\n---'
+    path = write_notebook(project/'nbs'/'02_two.ipynb', front, 'x = 1')
+    raw = json.loads(path.read_text(encoding='utf8'))
+    raw['cells'][0] = dict(cell_type='raw', id='a', metadata={}, source=[front])
+    path.write_text(json.dumps(raw), encoding='utf8')
     assert proven(project, '02_two')['failed'] == ['nbs/02_two.ipynb']
 
 
-@pytest.mark.parametrize('body, failed', [('assert x == 1', False), ('raise ValueError("rotten")', True),
-                                          ('x = 2', False)])
+@pytest.mark.parametrize('body, failed', [
+    ('assert x == 1', False), ('raise ValueError("rotten")', True), ('x = 2', False)])
 def test_cells_for_a_gpu_run_beside_the_notebook(project, body, failed):
     """In a fork: they see what stands above, and what they do is not seen below."""
     write_notebook(project/'nbs'/'02_two.ipynb', 'x = 1', f'#| cuda\n{body}', 'assert x == 1')
@@ -158,8 +168,8 @@ def test_files_of_tests(project, body, outcome):
     assert len(total[outcome]) == 1 and sum(len(total[k]) for k in jobs.NAMES) == 1
 
 
-@pytest.mark.parametrize('passed, failed, well', [(['a'], [], True), (['a'], ['b'], False),
-                                                  ([], [], False)])
+@pytest.mark.parametrize('passed, failed, well', [
+    (['a'], [], True), (['a'], ['b'], False), ([], [], False)])
 def test_the_last_line_counts(passed, failed, well):
     said = []
     total = dict(passed=passed, failed=failed, skipped={'c': 'no data'}, parts={}, jobs={})
@@ -168,7 +178,7 @@ def test_the_last_line_counts(passed, failed, well):
 
 
 def test_only_what_a_notebook_concerns():
-    """The chapter, its tests, and what imports it: a change of the sparse autoencoder reaches CAE."""
+    """The chapter, its tests, what imports it: a change of the sparse autoencoder reaches CAE."""
     sae = next(str(p) for p in notebook_paths() if p.stem == '13_sae')
     names = {job.name for job in stages.listed(only=[sae])}
     inside = {'sync', 'nbs/1_autoencoders/13_sae.ipynb', 'nbs/1_autoencoders/14_cae.ipynb',
@@ -179,14 +189,16 @@ def test_only_what_a_notebook_concerns():
 
 # ---------------------------------------------------------------- make notebooks
 def test_executing_keeps_outputs_of_cells_left_out(tmp_path):
-    path = write_notebook(tmp_path/'a.ipynb', 'print("new")', '#| cuda\nprint("on a GPU")', '#| eval: false\n1/0', 'import os; print(os.getcwd())')
+    path = write_notebook(tmp_path/'a.ipynb', 'print("new")', '#| cuda\nprint("on a GPU")',
+                          '#| eval: false\n1/0', 'import os; print(os.getcwd())')
     raw = json.loads(path.read_text(encoding='utf8'))
     raw['cells'][1]['outputs'] = [dict(output_type='stream', name='stdout', text='on a GPU\n')]
     path.write_text(json.dumps(raw), encoding='utf8')
     execute.execute(path)
-    outputs = [[''.join(o['text']).strip() for o in c.outputs] for c in Notebook(path, tmp_path).cells]
+    new = Notebook(path, tmp_path)
+    outputs = [[''.join(o['text']).strip() for o in c.outputs] for c in new.cells]
     assert outputs[:3] == [['new'], ['on a GPU'], []] and os.path.samefile(outputs[3][0], tmp_path)
-    assert 'widgets' not in json.loads(path.read_text(encoding='utf8'))['metadata'] and os.listdir(tmp_path) == ['a.ipynb']
+    assert 'widgets' not in new.raw['metadata'] and os.listdir(tmp_path) == ['a.ipynb']
 
 
 def test_a_notebook_that_fails_stays_as_it_was(tmp_path):
@@ -198,17 +210,20 @@ def test_a_notebook_that_fails_stays_as_it_was(tmp_path):
 
 # ---------------------------------------------------------------- the tree
 def test_project_files_with_and_without_git(tmp_path):
-    for name in ('settings.ini', '.ci/run', 'nbs/a.ipynb', '.venv/x', '_proc/y', 'tests/__pycache__/z'):
+    ours = ['.ci/run', 'nbs/a.ipynb', 'settings.ini']
+    for name in (*ours, '.venv/x', '_proc/y', 'tests/__pycache__/z'):
         (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path/name).touch()
-    expected = ['.ci/run', 'nbs/a.ipynb', 'settings.ini']
-    assert [p.as_posix() for p in project_files(tmp_path)] == expected
+    found = lambda: [p.as_posix() for p in project_files(tmp_path)]
+    assert found() == ours
     if not shutil.which('git'): return
     (tmp_path/'.gitignore').write_text('.venv/\n_proc/\n__pycache__/\n', encoding='utf8')
-    subprocess.run(['git', 'init', '-q', str(tmp_path)], check=True, env=environment(GIT_DIR=None, GIT_WORK_TREE=None))
-    assert [p.as_posix() for p in project_files(tmp_path)] == ['.ci/run', '.gitignore', 'nbs/a.ipynb', 'settings.ini']
+    env = environment(GIT_DIR=None, GIT_WORK_TREE=None)
+    subprocess.run(['git', 'init', '-q', str(tmp_path)], check=True, env=env)
+    assert found() == sorted([*ours, '.gitignore'])
 
 
 def test_the_command_says_what_it_does():
-    done = subprocess.run([sys.executable, '-m', 'tests', '--help'], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, '-m', 'tests', '--help']
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and 'sync' in done.stdout and settings()['lib_name']

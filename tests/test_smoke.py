@@ -22,24 +22,28 @@ def smoke(path):
 
 
 def test_runner_runs_the_flagged_cell_and_what_it_needs_alone(tmp_path):
-    nb = write_notebook(tmp_path/'a.ipynb', 'import os', 'a = [1]', 'b = 1/0', 'a.append(2)', '#| eval: false\nraise SystemExit',
-               '#| cuda\nassert a == [1, 2] and os.environ["AD_COURSE_SMOKE"] == "1"', '#| notest\n1/0')
+    flagged = '#| cuda\nassert a == [1, 2] and os.environ["AD_COURSE_SMOKE"] == "1"'
+    nb = write_notebook(tmp_path/'a.ipynb', 'import os', 'a = [1]', 'b = 1/0', 'a.append(2)',
+                        '#| eval: false\nraise SystemExit', flagged, '#| notest\n1/0')
     code, result = smoke(nb)
     assert code == 0 and result['ran'] == [0, 1, 3, 5] and result['targets'] == [5]
 
 
 @pytest.mark.parametrize('flag', ['cuda', 'slow'])
 def test_runner_fails_where_the_flagged_cell_fails(tmp_path, flag):
-    code, result = smoke(write_notebook(tmp_path/'a.ipynb', 'a = 1', f'#| {flag}\nraise ValueError("rotten")'))
+    nb = write_notebook(tmp_path/'a.ipynb', 'a = 1', f'#| {flag}\nraise ValueError("rotten")')
+    code, result = smoke(nb)
     assert code == 1 and result['cell'] == 1 and 'rotten' in result['error']
 
 
 def test_runner_runs_the_whole_notebook_where_reading_it_was_too_short(tmp_path):
-    nb = write_notebook(tmp_path/'a.ipynb', 'globals()["hidden"] = 3', '#| slow\nassert hidden == 3')
+    sets, reads = 'globals()["hidden"] = 3', '#| slow\nassert hidden == 3'
+    nb = write_notebook(tmp_path/'a.ipynb', sets, reads)
     code, result = smoke(nb)
     assert code == 0 and result['ran'] == [0, 1] and 'hidden' in result['whole']
 
 
 def test_no_gpu_is_visible_to_the_runner(tmp_path):
-    code, result = smoke(write_notebook(tmp_path/'a.ipynb', 'import torch', '#| cuda\nassert not torch.cuda.is_available()'))
+    looks = '#| cuda\nassert not torch.cuda.is_available()'
+    code, result = smoke(write_notebook(tmp_path/'a.ipynb', 'import torch', looks))
     assert code == 0, result
