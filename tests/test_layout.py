@@ -129,8 +129,8 @@ def test_lines_of_code_end_at_100_characters():
 
 def code_width(grid, css):
     """How many characters a block of code on the site shows, with the page's 17 pixels a rem."""
-    rule = re.search(r'pre\.sourceCode \{ font-size: ([.\d]+)rem; padding: [.\d]+rem ([.\d]+)rem', css)
-    font, padding = (17 * float(v) for v in rule.groups())
+    rule = r'pre\.sourceCode \{ font-size: (\S+)rem; padding: \S+rem (\S+)rem'
+    font, padding = (17 * float(v) for v in re.search(rule, css).groups())
     body = int(grid['body-width'].removesuffix('px')) - 3 * 17   # less the two gutters
     return int((body - 2 * padding - 2) / (.61 * font))          # .61: a wide font's advance
 
