@@ -90,10 +90,8 @@ STILL_LONG = {
     'tests/test_localize.py', 'tests/test_mutants.py'}
 STILL_OLD_WORDS = {
     'nbs/1_autoencoders/11_ae.ipynb',
-    'nbs/3_one_class/31_classical.ipynb',
     'nbs/3_one_class/37_one_class_compared.ipynb',
     'nbs/solutions/3_solutions_one_class.ipynb',
-    'tests/test_classical.py',
 }
 
 
@@ -282,7 +280,6 @@ def test_chapter_has_exercises_proofs_and_a_picture(notebook):
 # The chapters and rooms in which a class is not yet at work on its own, or has no words of its own.
 STILL_NOT_AT_WORK = {
     'ae.Reconstructs',
-    'classical.OnFeatures',
     'localize.MapScore',
 }
 STILL_SLICES = set()
