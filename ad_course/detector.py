@@ -398,8 +398,8 @@ class _Progress:
             nets[name].load_state_dict(average.module.state_dict())
 
 # %% ../nbs/0_foundations/04_detector.ipynb #00000023
-class _Training(_Scoring):
-    """One move, one batch, one run, the whole training."""
+class _Moves(_Scoring):
+    """One move of one player, and one batch, on which all move in turn."""
     def descend(self, player, loss, xb, *yb):
         """One step of the player down the sum of the loss's terms; nobody else moves.
 
@@ -428,6 +428,9 @@ class _Training(_Scoring):
         mean = lambda terms: torch.stack([t.detach().float().mean() for t in terms]).mean()
         return {name: mean(terms) if len(terms) > 1 else terms[0] for name, terms in found.items()}
 
+# %% ../nbs/0_foundations/04_detector.ipynb #d2189960
+class _Training(_Moves):
+    """One run, and the whole training."""
     def run(self, data, epochs, turns=None, label='', after_epoch=None, batch_statistics=True):
         """Train for some epochs; means of the terms go to `history_`, under `label` + name.
 
