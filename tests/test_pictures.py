@@ -753,7 +753,6 @@ def test_a_notebook_is_in_the_style_by_the_import_and_its_figures_stay_shown():
 UNSTYLED = {
     '19a_localize',
     '19b_autoencoders_compared',
-    '37_one_class_compared',
     '1_solutions_autoencoders',
 }
 OWN_PLANES = {'contour', 'contourf', 'tricontour', 'tricontourf', 'pcolor', 'pcolormesh',
