@@ -16,6 +16,7 @@ from ad_course.dae import DAE, SDAE, Stack, add_noise, linear_denoiser, noisy_mo
 from ad_course.data import digits
 from ad_course.detector import isolated
 from ad_course.networks import squared_weights
+from tests.mutants import assert_caught, each_mutant
 
 X = digits(normal=3).x_train[:48]
 XB = torch.tensor(X)
@@ -70,7 +71,7 @@ def test_mask(cls): check_mask(cls)
 
 @pytest.mark.parametrize('mutant', (Dropout, KeepsP, OneMask, WholeImage, Frozen, ExactShare))
 def test_wrong_masks_are_caught(mutant):
-    with pytest.raises(AssertionError): check_mask(mutant)
+    assert_caught(check_mask, mutant)
 
 
 def check_gaussian(cls):
@@ -94,7 +95,7 @@ def test_gaussian(): check_gaussian(DAE)
 
 @pytest.mark.parametrize('mutant', (Variance, Uniform, Clipped))
 def test_wrong_noise_is_caught(mutant):
-    with pytest.raises(AssertionError): check_gaussian(mutant)
+    assert_caught(check_gaussian, mutant)
 
 
 def test_corruption_takes_a_generator_and_keeps_dtype_and_shape():
@@ -184,15 +185,9 @@ LOSSES = {'equation \\(1\\)': VALUES, 'the gradient': (Detached,), 'the terms': 
           'the score': (NoisyScore, NoisyReconstruction, NegativeScore), 'the map': (NoisyMap,)}
 
 
-def each(table):
-    """Pairs of a reason and a mutant that fails for it."""
-    pairs = [(why, mutant) for why, mutants in table.items() for mutant in mutants]
-    return pytest.mark.parametrize('why, mutant', pairs, ids=lambda v: getattr(v, '__name__', ''))
-
-
-@each(LOSSES)
-def test_wrong_losses_are_caught(why, mutant):
-    with pytest.raises(AssertionError, match=why): check_loss(mutant)
+@each_mutant(LOSSES)
+def test_wrong_losses_are_caught(why, broken):
+    assert_caught(check_loss, broken, why)
 
 
 def test_defaults_come_from_the_extended_method():
@@ -268,7 +263,7 @@ def test_training_arrives_at_the_closed_form(): check_arrives(Matrix)
 
 @pytest.mark.parametrize('fault', (CorruptedTarget, CleanInput, Dropout), ids=lambda m: m.__name__)
 def test_faulty_training_does_not_arrive(fault):
-    with pytest.raises(AssertionError): check_arrives(type('M', (Matrix, fault), {}))
+    assert_caught(check_arrives, type('M', (Matrix, fault), {}))
 
 
 # ---------------------------------------------------------------- the stack
@@ -452,9 +447,9 @@ STACKS = {'moved': (NotFrozen,), 'corrupted 2 times': (CorruptsAllFloors,),
           'on the clean image': (CorruptedFineTuning, NoWholeLoss, WholeUphill)}
 
 
-@each(STACKS)
-def test_wrong_stacks_are_caught(why, mutant):
-    with pytest.raises(AssertionError, match=why): check_stack(mutant)
+@each_mutant(STACKS)
+def test_wrong_stacks_are_caught(why, broken):
+    assert_caught(check_stack, broken, why)
 
 
 def test_layers_with_the_wrong_decoder_do_not_fit():
