@@ -7,64 +7,75 @@ __all__ = ['gaussian_matrix', 'local_mean', 'ssim_map', 'top_mean', 'smooth', 'M
 
 # %% ../nbs/1_autoencoders/19a_localize.ipynb #00000005
 import math
-import numbers
 from dataclasses import dataclass
-import numpy as np
 import torch
 from .ae import AE, Reconstructs
 
 # %% ../nbs/1_autoencoders/19a_localize.ipynb #00000011
 def gaussian_matrix(n, window, sigma, like):
-    """Row i holds Gaussian weights around i, cut to `window` pixels and to the line, with sum 1: (n, n), typed as `like`."""
+    """Row i: Gaussian weights around i, cut to `window` pixels and to the line, with sum 1.
+
+    (n, n), of the type and on the device of the tensor `like`.
+    """
     distance = (torch.arange(n)[:, None] - torch.arange(n)).abs().to(like)
     weights = torch.exp(-distance**2 / (2 * sigma**2)) * (distance <= window // 2)
     return weights / weights.sum(1, keepdim=True)
 
 # %% ../nbs/1_autoencoders/19a_localize.ipynb #00000013
 def local_mean(x, window=11, sigma=1.5):
-    """Weighted mean around each pixel; at the border, of what there is: (..., h, w) -> (..., h, w)."""
+    """Weighted mean around each pixel; at the border, of what there is: (..., h, w), as given."""
     along = lambda n: gaussian_matrix(n, window, sigma, x)
     return along(x.shape[-2]) @ x @ along(x.shape[-1]).T
 
 # %% ../nbs/1_autoencoders/19a_localize.ipynb #00000019
 def ssim_map(x, y, window=11, sigma=1.5, c1=.01**2, c2=.03**2):
-    """Structural similarity around each pixel, 1 where the images agree: two (b, c, h, w) in [0, 1] -> (b, c, h, w).
+    """Structural similarity around each pixel of images in [0, 1], 1 where they agree.
 
-    Channels are compared one by one; windows are cut at the border. ValueError for unlike shapes. Wang et al. (2004), equation 13."""
-    if x.ndim != 4 or x.shape != y.shape: raise ValueError(f'ssim_map compares two (b, c, h, w); got {tuple(x.shape)} and {tuple(y.shape)}')
+    Two (b, c, h, w) -> (b, c, h, w): channels are compared one by one, windows are cut at the
+    border. Raises ValueError for unlike shapes. Wang et al. (2004), equation 13.
+    """
+    if x.ndim != 4 or x.shape != y.shape:
+        got = f'{tuple(x.shape)} and {tuple(y.shape)}'
+        raise ValueError(f'ssim_map compares two (b, c, h, w); got {got}')
     with torch.autocast(x.device.type, enabled=False):
         x, y = (t if t.dtype == torch.float64 else t.float() for t in (x, y))
         mean = lambda t: local_mean(t, window, sigma)
         mx, my = mean(x), mean(y)
         vx, vy, cov = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
-        return (2*mx*my + c1) * (2*cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))  # equation (1)
+        numerator = (2 * mx * my + c1) * (2 * cov + c2)                  # of equation (1)
+        return numerator / ((mx**2 + my**2 + c1) * (vx + vy + c2))
 
 # %% ../nbs/1_autoencoders/19a_localize.ipynb #0000001c
 def top_mean(maps, top=1.):
-    """Mean over the share `top` of the most anomalous pixels: 1 = mean, 0 = maximum. (b, h, w) -> (b,)."""
+    """Mean over the share `top` of the most anomalous pixels: (b, h, w) -> (b,).
+
+    1 is the mean of the map, 0 its maximum.
+    """
     flat = maps.flatten(1)
     return flat.topk(max(1, round(top * flat.shape[1])), dim=1).values.mean(1)
 
 # %% ../nbs/1_autoencoders/19a_localize.ipynb #0000001f
 def smooth(maps, sigma):
-    """Maps (..., h, w) smoothed by a Gaussian of `sigma` pixels, cut at 3 sigma; unchanged for sigma = 0."""
+    """Maps (..., h, w) smoothed by a Gaussian of `sigma` pixels, cut at 3 sigma; 0: as they are."""
     return maps if sigma == 0 else local_mean(maps, 2 * math.ceil(3 * sigma) + 1, sigma)
 
 # %% ../nbs/1_autoencoders/19a_localize.ipynb #00000021
 @dataclass(kw_only=True, eq=False, repr=False)
 class MapScore(Reconstructs):
-    """For detectors that reconstruct: the score comes from the smoothed map. Write `class Mine(MapScore, AE)`."""
-    smoothing: float = 0.   # standard deviation, in pixels, of the Gaussian that smooths the map; 0: none
-    top: float = 1.         # share of the most anomalous pixels whose mean is the score; 1 = mean, 0 = maximum
+    """For detectors that reconstruct: the score comes from the smoothed map.
+
+    Combine it with any of them: `class Mine(MapScore, AE)`.
+    """
+    smoothing: float = 0.   # standard deviation in pixels of the Gaussian over the map; 0: none
+    top: float = 1.         # share of the worst pixels that score; 1 = mean, 0 = maximum
 
     def check_params(self):
         super().check_params()
-        number = lambda v: isinstance(v, numbers.Real) and np.isfinite(v)
-        self.require(number(self.smoothing) and self.smoothing >= 0, 'smoothing', 'a number of pixels, 0 or more')
-        self.require(number(self.top) and 0 <= self.top <= 1, 'top', 'a share from 0 (maximum) to 1 (mean)')
+        self.require_number('smoothing', least=0)
+        self.require_number('top', least=0, most=1)
 
     def pixel_score(self, xb): return smooth(super().pixel_score(xb), self.smoothing)  # (b, h, w)
-    def image_score(self, xb): return top_mean(self.pixel_score(xb), self.top)               # (b,)
+    def image_score(self, xb): return top_mean(self.pixel_score(xb), self.top)         # (b,)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -82,6 +93,8 @@ class SSIMAE(MapScore, AE):
         super().check_params()
         self.require_whole('window', least=3)
         self.require(self.window % 2 == 1, 'window', 'odd, so that it has a center')
-        self.require(isinstance(self.sigma, numbers.Real) and 0 < self.sigma < float('inf'), 'sigma', 'a number above 0')
+        self.require_number('sigma', above=0)
 
-    def errors(self, xb): return 1 - ssim_map(xb, self.reconstruction(xb), self.window, self.sigma)  # (b, c, h, w)
+    def errors(self, xb):
+        """1 - SSIM around each pixel: (b, c, h, w)."""
+        return 1 - ssim_map(xb, self.reconstruction(xb), self.window, self.sigma)

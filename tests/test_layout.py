@@ -278,7 +278,6 @@ def test_chapter_has_exercises_proofs_and_a_picture(notebook):
 # The chapters and rooms in which a class is not yet at work on its own, or has no words of its own.
 STILL_NOT_AT_WORK = {
     'ae.Reconstructs',
-    'localize.MapScore',
 }
 STILL_SLICES = set()
 STILL_WITHOUT_WORDS = set()
