@@ -14,7 +14,7 @@ from scipy.optimize import brentq
 from scipy.special import ndtr
 from torch import nn
 from torch.nn import functional as F
-from .ae import Reconstructs
+from .ae import Reconstructor
 from .networks import decoder, encoder, mlp
 
 # %% ../nbs/1_autoencoders/19_advae.ipynb #0000000d
@@ -109,7 +109,7 @@ RULES = (*BANDWIDTHS, 'quantile')
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class AdVAE(Reconstructs):
+class AdVAE(Reconstructor):
     """Self-adversarial VAE (Wang et al. 2019). gamma = margin_x = 0 is a plain VAE."""
     loss_falls = False            # a game
     epochs: int = 100

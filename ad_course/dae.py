@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 import torch
 from torch import nn
-from .ae import AE, Reconstructs
+from .ae import AE, Reconstructor
 from .detector import is_number
 from .networks import decay_terms
 
@@ -88,7 +88,7 @@ ACTIVATIONS = dict(relu=nn.ReLU, sigmoid=nn.Sigmoid)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class Stack(Reconstructs):
+class Stack(Reconstructor):
     """A deep autoencoder of linear layers, trained as a whole."""
     epochs: int = 90
     widths: tuple = (128, 64, 16)   # of the layers from the image up; the last is the code

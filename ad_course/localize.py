@@ -9,7 +9,7 @@ __all__ = ['gaussian_matrix', 'local_mean', 'ssim_map', 'top_mean', 'smooth', 'M
 import math
 from dataclasses import dataclass
 import torch
-from .ae import AE, Reconstructs
+from .ae import AE, Reconstructor
 
 # %% ../nbs/1_autoencoders/19a_localize.ipynb #00000011
 def gaussian_matrix(n, window, sigma, like):
@@ -61,7 +61,7 @@ def smooth(maps, sigma):
 
 # %% ../nbs/1_autoencoders/19a_localize.ipynb #00000021
 @dataclass(kw_only=True, eq=False, repr=False)
-class MapScore(Reconstructs):
+class MapScore(Reconstructor):
     """For detectors that reconstruct: the score comes from the smoothed map.
 
     Combine it with any of them: `class Mine(MapScore, AE)`.

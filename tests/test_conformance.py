@@ -39,7 +39,7 @@ SETTINGS = {
 # (c, h, w) of the images for those that do not take 8x8.
 SHAPES = {'deepsvdd.LeNetSVDD': (1, 28, 28)}
 # Classes that others complete: there is nothing to fit.
-BASES = {'ae.Reconstructs', 'baselines.ClosedForm', 'classical.Kernelized', 'classical.OnFeatures',
+BASES = {'ae.Reconstructor', 'baselines.ClosedForm', 'classical.Kernelized', 'classical.OnFeatures',
          'localize.MapScore'}
 
 OWN = {title(c): c for c in known_detectors() if c.__module__.startswith(f'{LIB}.')}
