@@ -1,4 +1,6 @@
-"""check_detector catches broken detectors by the promise that they break. Each mutant is a defect that some published code has, or had."""
+"""check_detector catches broken detectors by the promise that they break.
+
+Each mutant is a defect that some published code has, or had."""
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +23,8 @@ class Sound(Detector):
     norm: bool = False
 
     def networks(self, shape):
-        return dict(encoder=encoder(shape, self.code_dim, norm=self.norm), decoder=decoder(shape, self.code_dim, norm=self.norm))
+        return dict(encoder=encoder(shape, self.code_dim, norm=self.norm),
+                    decoder=decoder(shape, self.code_dim, norm=self.norm))
 
     def errors(self, xb): return (xb - self.nets_.decoder(self.nets_.encoder(xb))).square()
     def loss(self, xb): return dict(reconstruction=self.errors(xb).mean())
@@ -31,7 +34,7 @@ class Sound(Detector):
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class SoundLabelled(Detector):
-    """The healthy parent of the labelled mutants: the deviation loss of DevNet in its plainest form."""
+    """The healthy parent of the labelled mutants: DevNet's deviation loss in its plainest form."""
     uses_labels = True
     epochs: int = 60
     batch_size: int = 32
@@ -222,9 +225,10 @@ class FirstImageOnly(Sound):
 
 
 class Broadcast(Sound):
-    """A (b, 1, h, w) image meets a (b, h, w) reconstruction: every image is compared with all reconstructions."""
+    """A (b, 1, h, w) image meets a (b, h, w) reconstruction: each image is compared with all."""
     def loss(self, xb):
-        return dict(reconstruction=(xb - self.nets_.decoder(self.nets_.encoder(xb))[:, 0]).square().mean())
+        rebuilt = self.nets_.decoder(self.nets_.encoder(xb))[:, 0]
+        return dict(reconstruction=(xb - rebuilt).square().mean())
 
 
 class BroadcastLabels(SoundLabelled):
@@ -250,16 +254,40 @@ class LabelsFlipped(SoundLabelled):
 
 
 MUTANTS = {
-    NoBackward: 'learns', NoStep: 'learns', FrozenDecoder: 'learns', Ascends: 'learns', ConstantScore: 'scores_are_numbers',
-    WrongSign: 'higher_is_anomalous', BatchStatistics: 'alone_as_in_a_batch', DropoutOn: 'same_twice', SeededDropoutOn: 'alone_as_in_a_batch',
-    ScaledByBatch: 'alone_as_in_a_batch', ScaledByCall: 'alone_as_in_a_batch', Unseeded: 'seed_decides', IgnoresSeed: 'seed_decides',
-    SeedsTheWorld: 'leaves_global_state', DrawsFromNumpy: 'leaves_global_state', SwitchesGradientsOff: 'leaves_global_state',
-    ChangesItsInput: 'leaves_global_state', ForgetsAWeight: 'save_and_load', ForgetsAWeightQuietly: 'save_and_load',
-    NetworkOutsideNets: 'save_and_load', ThresholdFromTest: 'threshold_from_training', ThresholdMoves: 'threshold_from_training',
-    ThresholdTooHigh: 'threshold_from_training', NetworkMadeInInit: 'explicit_parameters', ReturnsNothing: 'fit_returns_self',
-    ChangesItsParameter: 'explicit_parameters', RemembersTheFirstFit: 'refit_starts_anew', ClipsBadInput: 'bad_input_is_refused',
-    FirstImageOnly: 'alone_as_in_a_batch', Broadcast: 'images_do_not_mix', BroadcastLabels: 'labels_matter',
-    SwappedArguments: 'labels_matter', IgnoresLabels: 'labels_matter', LabelsFlipped: 'higher_is_anomalous',
+    NoBackward: 'learns',
+    NoStep: 'learns',
+    FrozenDecoder: 'learns',
+    Ascends: 'learns',
+    ConstantScore: 'scores_are_numbers',
+    WrongSign: 'higher_is_anomalous',
+    BatchStatistics: 'alone_as_in_a_batch',
+    DropoutOn: 'same_twice',
+    SeededDropoutOn: 'alone_as_in_a_batch',
+    ScaledByBatch: 'alone_as_in_a_batch',
+    ScaledByCall: 'alone_as_in_a_batch',
+    Unseeded: 'seed_decides',
+    IgnoresSeed: 'seed_decides',
+    SeedsTheWorld: 'leaves_global_state',
+    DrawsFromNumpy: 'leaves_global_state',
+    SwitchesGradientsOff: 'leaves_global_state',
+    ChangesItsInput: 'leaves_global_state',
+    ForgetsAWeight: 'save_and_load',
+    ForgetsAWeightQuietly: 'save_and_load',
+    NetworkOutsideNets: 'save_and_load',
+    ThresholdFromTest: 'threshold_from_training',
+    ThresholdMoves: 'threshold_from_training',
+    ThresholdTooHigh: 'threshold_from_training',
+    NetworkMadeInInit: 'explicit_parameters',
+    ReturnsNothing: 'fit_returns_self',
+    ChangesItsParameter: 'explicit_parameters',
+    RemembersTheFirstFit: 'refit_starts_anew',
+    ClipsBadInput: 'bad_input_is_refused',
+    FirstImageOnly: 'alone_as_in_a_batch',
+    Broadcast: 'images_do_not_mix',
+    BroadcastLabels: 'labels_matter',
+    SwappedArguments: 'labels_matter',
+    IgnoresLabels: 'labels_matter',
+    LabelsFlipped: 'higher_is_anomalous',
 }
 
 
@@ -280,7 +308,8 @@ def test_a_loss_of_shape_b_b_is_refused_by_the_loop():
 
 
 def test_every_promise_is_broken_by_some_mutant_or_named_test():
-    elsewhere = {'form_does_not_matter', 'empty_is_empty', 'constant_images_do_no_harm', 'maps_are_images'}
+    elsewhere = {'form_does_not_matter', 'empty_is_empty', 'constant_images_do_no_harm',
+                 'maps_are_images'}
     assert set(PROMISES) - set(MUTANTS.values()) == elsewhere
 
 
@@ -310,8 +339,10 @@ class MapOfNormal(Sound):
     def pixel_score(self, xb): return -super().pixel_score(xb)
 
 
-@pytest.mark.parametrize('mutant, promise', [(FormMatters, 'form_does_not_matter'), (EmptyFails, 'empty_is_empty'),
-    (ConstantHarms, 'constant_images_do_no_harm'), (MapOfWrongShape, 'maps_are_images'), (MapOfNormal, 'maps_are_images')])
+@pytest.mark.parametrize('mutant, promise', [
+    (FormMatters, 'form_does_not_matter'), (EmptyFails, 'empty_is_empty'),
+    (ConstantHarms, 'constant_images_do_no_harm'), (MapOfWrongShape, 'maps_are_images'),
+    (MapOfNormal, 'maps_are_images')])
 def test_the_rarer_promises(mutant, promise):
     with pytest.raises(BrokenPromise) as caught: check_detector(mutant(), only=[promise])
     assert promise in caught.value.broken

@@ -1,22 +1,17 @@
-"""How fast is `fit`, and how much memory does it take? The AE against a plain PyTorch loop, a plain autoencoder, and PyOD.
+"""How fast is `fit`, and how much memory does it take?
+
+The AE against a plain PyTorch loop, a plain autoencoder, and PyOD.
 
     python tests/benchmarks/train_ae.py --images 3000 --epochs 10 --rounds 3 --threads 1 2
 
-Every measurement is a process of its own; the contestants take turns, round by round, so that a busy minute hits all alike."""
-import argparse
-import ctypes
-import gc
+Every measurement is a process of its own; the contestants take turns."""
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+import bench
+
 CODE_DIM, WIDTH, BATCH, SEED = 16, 16, 128, 0
-INSTALL = "pip install -e '.[peers]'"
 
 # Name -> (network, who trains it). The first of each network is what the others are compared with.
 CONTESTANTS = {
@@ -28,15 +23,15 @@ CONTESTANTS = {
     'ours, MLP': ('mlp', 'fit'),
     'PyOD AutoEncoder': ('mlp', 'pyod'),
 }
+PEERS = {'PyOD AutoEncoder': ('pyod.models.auto_encoder', "pip install -e '.[peers]'")}
 
 
-# ---------------------------------------------------------------- what is measured, in a process of its own
-
+# ---------------------------------------------------------------- what is measured
 def data(n):
-    """(training images, test images, test labels, what they are): MNIST where it lies, one digit normal, else made-up surfaces."""
-    if (data_root()/'MNIST').exists(): task, name = mnist(normal=3), 'MNIST, the digit 3 is normal'
-    else: task, name = surfaces(n, 200, size=28), 'surfaces of 28x28 (MNIST is not in AD_COURSE_DATA)'
-    x, x_test = ((a / 255 if a.dtype == 'uint8' else a).astype('float32') for a in (task.x_train[:n], task.x_test[:2000]))
+    """(training images, test images, test labels, what they are)."""
+    task, name = bench.mnist_task(3), 'MNIST, the digit 3 is normal'
+    if not task: task, name = bench.made_up(n)
+    x, x_test = bench.as_floats(task.x_train[:n]), bench.as_floats(task.x_test[:2000])
     return x, x_test, task.y_test[:2000], name
 
 
@@ -46,6 +41,7 @@ def plain_autoencoder():
     class Autoencoder(nn.Module):
         def __init__(self):
             super().__init__()
+            twice = dict(stride=2, padding=1, output_padding=1)   # as large
             self.encoder = nn.Sequential(
                 nn.Conv2d(1, 16, 3, stride=2, padding=1),   # (b, 16, 14, 14)
                 nn.BatchNorm2d(16),
@@ -60,10 +56,10 @@ def plain_autoencoder():
                 nn.Linear(CODE_DIM, 32 * 7 * 7),
                 nn.ReLU(),
                 nn.Unflatten(1, (32, 7, 7)),
-                nn.ConvTranspose2d(32, 16, 3, stride=2, padding=1, output_padding=1),  # (b, 16, 14, 14)
+                nn.ConvTranspose2d(32, 16, 3, **twice),     # (b, 16, 14, 14)
                 nn.BatchNorm2d(16),
                 nn.ReLU(),
-                nn.ConvTranspose2d(16, 1, 3, stride=2, padding=1, output_padding=1),   # (b, 1, 28, 28)
+                nn.ConvTranspose2d(16, 1, 3, **twice),      # (b, 1, 28, 28)
                 nn.Sigmoid(),
             )
 
@@ -103,7 +99,9 @@ def train_plainly(make, x, epochs):
         seconds.append(time.perf_counter() - start)
     def score(images):
         model.eval()
-        with torch.no_grad(): return torch.cat([(b - model(b)).square().flatten(1).mean(1) for b in torch.from_numpy(images).split(BATCH)]).numpy()
+        errors = lambda b: (b - model(b)).square().flatten(1).mean(1)
+        with torch.no_grad():
+            return torch.cat([errors(b) for b in torch.from_numpy(images).split(BATCH)]).numpy()
     np.quantile(score(x), .95)  # a detector needs a threshold: the others' fit sets one too
     return seconds, score
 
@@ -111,22 +109,28 @@ def train_plainly(make, x, epochs):
 def train_ours(arch, x, epochs, precision='float32'):
     """`fit` of the course."""
     from ad_course.ae import AE
-    from ad_course.datasets import data_root, mnist
-    d = AE(epochs=epochs, code_dim=CODE_DIM, width=WIDTH, arch=arch, batch_size=BATCH, seed=SEED, device='cpu', precision=precision, verbose=False).fit(x)
+    sizes = dict(code_dim=CODE_DIM, width=WIDTH, arch=arch, batch_size=BATCH)
+    d = AE(epochs=epochs, seed=SEED, device='cpu', precision=precision, verbose=False, **sizes)
+    d.fit(x)
     return d.history_['seconds'], d.decision_function
 
 
 def train_pyod(x, epochs):
-    """PyOD's AutoEncoder, its hidden layers as near to our MLP as it allows (its code passes a ReLU, its output no sigmoid)."""
+    """PyOD's AutoEncoder, its hidden layers as near to our MLP as it allows.
+
+    Its code passes a ReLU, its output no sigmoid."""
     from pyod.models.auto_encoder import AutoEncoder
     class Timed(AutoEncoder):
         def epoch_update(self): self.ticks.append(time.perf_counter())
         def train(self, loader):
             self.ticks = [time.perf_counter()]
             super().train(loader)
-    d = Timed(epoch_num=epochs, batch_size=BATCH, hidden_neuron_list=[8 * WIDTH, CODE_DIM], batch_norm=False, dropout_rate=0., preprocessing=False,
-              optimizer_params={}, device='cpu', random_state=SEED, verbose=0).fit(x.reshape(len(x), -1))
-    return [b - a for a, b in zip(d.ticks, d.ticks[1:])], lambda images: d.decision_function(images.reshape(len(images), -1))
+    flat = lambda images: images.reshape(len(images), -1)
+    layers = dict(hidden_neuron_list=[8 * WIDTH, CODE_DIM], batch_norm=False, dropout_rate=0.)
+    d = Timed(epoch_num=epochs, batch_size=BATCH, preprocessing=False, optimizer_params={},
+              device='cpu', random_state=SEED, verbose=0, **layers).fit(flat(x))
+    seconds = [b - a for a, b in zip(d.ticks, d.ticks[1:])]
+    return seconds, lambda images: d.decision_function(flat(images))
 
 
 def train(network, who, x, epochs):
@@ -137,52 +141,22 @@ def train(network, who, x, epochs):
     return train_ours(network, x, epochs, *who.split()[1:])
 
 
-def forget_peak():
-    """Gives back what the process holds but does not use; from here on its peak counts anew. Where the system can do that (Linux)."""
-    gc.collect()
-    try:
-        ctypes.CDLL('libc.so.6').malloc_trim(0)
-        Path('/proc/self/clear_refs').write_text('5')
-    except OSError: pass
-
-
-def peak():
-    """The largest resident size of this process so far, in MiB; NaN on Windows."""
-    try: import resource
-    except ImportError: return float('nan')
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
-
-
 def measure(contestant, n, epochs, threads):
     """All numbers of one contestant, as a dict."""
     import torch
     torch.set_num_threads(threads)
     from ad_course.metrics import auroc
-    from ad_course.surfaces import surfaces
     network, who = CONTESTANTS[contestant]
     x, x_test, y_test, name = data(n)
     import ad_course.ae                         # imports count for nobody
-    if who == 'pyod': import pyod.models.auto_encoder
-    forget_peak()
-    before = peak()
-    train(network, who, x[:2 * BATCH], 1)       # warm-up: kernels are chosen and buffers made at the first use
-    start, cpu = time.perf_counter(), time.process_time()
-    seconds, score = train(network, who, x, epochs)
-    whole, cpu, memory = time.perf_counter() - start, time.process_time() - cpu, peak() - before
-    return dict(seconds=seconds, whole=whole, cpu=cpu, memory=memory, auroc=auroc(y_test, score(x_test)), data=f'{name}: {len(x)} images')
+    if contestant in PEERS: __import__(PEERS[contestant][0])
+    one = lambda images, passes: train(network, who, images, passes)
+    (seconds, score), out = bench.measured(one, x, epochs, few=2 * BATCH)
+    quality = auroc(y_test, score(x_test))
+    return out | dict(seconds=seconds, auroc=quality, data=f'{name}: {len(x)} images')
 
 
-# ---------------------------------------------------------------- the rounds and the table
-
-def run(contestant, args, threads):
-    """`measure` in a fresh process."""
-    command = [sys.executable, __file__, '--measure', contestant, '--images', str(args.images), '--epochs', str(args.epochs), '--threads', str(threads)]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': str(threads), 'PYTHONPATH': path, 'CUDA_VISIBLE_DEVICES': ''})
-    if done.returncode: raise SystemExit(f'{contestant} failed:\n{done.stderr}')
-    return json.loads(done.stdout.splitlines()[-1])
-
-
+# ---------------------------------------------------------------- the table
 def has_bfloat16():
     """Whether the processor computes in bfloat16; elsewhere it is emulated, and slow."""
     import torch
@@ -191,48 +165,51 @@ def has_bfloat16():
 
 def present(args):
     """The contestants that can take part; a line about each that cannot."""
-    out = dict(CONTESTANTS)
+    out = bench.without_missing(CONTESTANTS, PEERS, args.no_peers)
     if not has_bfloat16():
         print('ours, bfloat16: left out, this processor does not compute in it')
         del out['ours, bfloat16']
-    if args.no_peers: del out['PyOD AutoEncoder']
-    elif subprocess.run([sys.executable, '-c', 'import pyod.models.auto_encoder'], capture_output=True).returncode:
-        print(f'PyOD AutoEncoder: left out, it is not installed ({INSTALL})')
-        del out['PyOD AutoEncoder']
     return out
+
+
+HEAD = ['threads', 'contestant', 's an epoch, median', 'min', 'ratio', 'whole fit, s',
+        'its CPU s, min', 'peak, MiB', 'AUROC']
 
 
 def table(results, contestants):
     """Markdown. results: (threads, contestant) -> measurements, one a round."""
-    lines = ['| threads | contestant | s an epoch, median | min | ratio | whole fit, s | its CPU s, min | peak, MiB | AUROC |', '|--:|:--|--:|--:|--:|--:|--:|--:|--:|']
-    middle = lambda found: statistics.median(s for m in found for s in m['seconds'])
+    rows, of_epochs = [], lambda found: [s for m in found for s in m['seconds']]
     for (threads, name), found in results.items():
-        base = next(n for n, (network, _) in contestants.items() if network == contestants[name][0])
-        ratio = middle(found) / middle(results[threads, base])
-        lines.append(f'| {threads} | {name} | {middle(found):.3f} | {min(s for m in found for s in m["seconds"]):.3f} | {ratio:.2f} | {statistics.median(m["whole"] for m in found):.2f} '
-                     f'| {min(m["cpu"] for m in found):.2f} | {statistics.median(m["memory"] for m in found):.0f} | {statistics.median(m["auroc"] for m in found):.3f} |')
-    return '\n'.join(lines)
+        base = next(n for n, (net, _) in contestants.items() if net == contestants[name][0])
+        seconds, of_base = of_epochs(found), of_epochs(results[threads, base])
+        middle, cpu = statistics.median(seconds), min(m['cpu'] for m in found)
+        whole, memory, auroc = (bench.median(found, k) for k in ('whole', 'memory', 'auroc'))
+        ratio = middle / statistics.median(of_base)
+        rows.append([threads, name, f'{middle:.3f}', f'{min(seconds):.3f}', f'{ratio:.2f}',
+                     f'{whole:.2f}', f'{cpu:.2f}', f'{memory:.0f}', f'{auroc:.3f}'])
+    return bench.markdown(HEAD, rows)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line."""
+    parser = bench.arguments(__doc__, rounds=3)
     parser.add_argument('--images', type=int, default=3000, help='training images')
-    parser.add_argument('--epochs', type=int, default=10, help='with three, nobody has learned yet')
-    parser.add_argument('--rounds', type=int, default=3, help='measurements of each contestant')
+    parser.add_argument('--epochs', type=int, default=10, help='after three, nobody has learned')
     parser.add_argument('--threads', type=int, nargs='+', default=[1, 2])
-    parser.add_argument('--no-peers', action='store_true', help='leave PyOD out')
-    parser.add_argument('--measure', help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.measure: return print(json.dumps(measure(args.measure, args.images, args.epochs, args.threads[0])))
+    if args.measure:
+        found = measure(args.measure, args.images, args.epochs, args.threads[0])
+        return print(json.dumps(found))
     contestants = present(args)
-    results = {(threads, name): [] for threads in args.threads for name in contestants}
-    for turn in range(args.rounds):
-        for threads, name in results:
-            found = run(name, args, threads)
-            results[threads, name].append(found)
-            print(f'round {turn + 1}, {threads} thread{"s" * (threads > 1)}, {name}: {statistics.median(found["seconds"]):.3f} s an epoch', file=sys.stderr, flush=True)
+    fresh = lambda threads, name: bench.in_a_process_of_its_own(
+        __file__, name, threads, images=args.images, epochs=args.epochs)
+    say = lambda found: f'{statistics.median(found["seconds"]):.3f} s an epoch'
+    keys = [(threads, name) for threads in args.threads for name in contestants]
+    results = bench.rounds(args.rounds, keys, fresh, say)
+    what = results[keys[-1]][-1]['data']
     import torch
-    print(f'\n{found["data"]}, batches of {BATCH}, {args.epochs} epochs, {args.rounds} rounds, code of {CODE_DIM}; torch {torch.__version__}\n')
+    print(f'\n{what}, batches of {BATCH}, {args.epochs} epochs, {args.rounds} rounds, '
+          f'code of {CODE_DIM}; torch {torch.__version__}\n')
     print(table(results, contestants))
 
 

@@ -1,18 +1,17 @@
-"""Deep SVDD and ACHC: `fit` against a plain PyTorch loop on the same network, PyOD's and DeepOD's: processor time, memory, AUROC.
+"""Deep SVDD and ACHC: `fit` against a plain PyTorch loop on the same network, PyOD's and DeepOD's.
+
+Processor time, memory, AUROC.
 
     python tests/benchmarks/train_deepsvdd.py --digits 2 5 --epochs 20 --rounds 2
 
-One digit is normal: 70 % of it among the 10,000 MNIST test images are for training; the rest of it and all others are scored.
-Every measurement is a process of its own; the contestants take turns, round by round, so that a busy minute hits all alike."""
-import argparse
+One digit is normal: 70 % of it among the 10,000 MNIST test images are for training; the rest of it
+and all others are scored. Every measurement is a process of its own; the contestants take turns."""
+import contextlib
 import json
-import os
 import statistics
-import subprocess
 import sys
-import time
 
-from train_ae import ROOT, forget_peak, peak
+import bench
 
 CODE_DIM, WIDTH, BATCH, LR, PRETRAIN_LR, DECAY = 128, 16, 64, 3e-4, 1e-3, 1e-6
 
@@ -28,31 +27,33 @@ CONTESTANTS = {
     'DeepOD DeepSVDD': 'deepod',
     'PCA, 30 components': 'pca',
 }
-PEERS = {'PyOD DeepSVDD': ('pyod.models.deep_svdd', "pip install -e '.[peers]'"), 'DeepOD DeepSVDD': ('deepod.models.tabular', 'pip install pandas, then pip install --no-deps deepod')}
+PEERS = {
+    'PyOD DeepSVDD': ('pyod.models.deep_svdd', "pip install -e '.[peers]'"),
+    'DeepOD DeepSVDD': ('deepod.models.tabular',
+                        'pip install pandas, then pip install --no-deps deepod'),
+}
 
 
-# ---------------------------------------------------------------- what is measured, in a process of its own
-
+# ---------------------------------------------------------------- what is measured
 def data(digit, limit=None):
-    """(training images, test images, test labels, what they are): MNIST where it lies, else made-up surfaces."""
+    """(training images, test images, test labels, what they are)."""
     import numpy as np
-    if not (data_root()/'MNIST').exists():
-        task = surfaces(limit or 300, 200, size=28, seed=digit)
-        return task.x_train, task.x_test, task.y_test, 'surfaces of 28x28 (MNIST is not in AD_COURSE_DATA)'
-    task = mnist(normal=digit)
-    x, y = task.x_test.astype('float32') / 255, task.y_test
+    task = bench.mnist_task(digit)
+    if not task:
+        task, name = bench.made_up(limit or 300, seed=digit)
+        return task.x_train, task.x_test, task.y_test, name
+    x, y = bench.as_floats(task.x_test), task.y_test
     normal = np.random.default_rng(0).permutation(np.flatnonzero(y == 0))
-    train = normal[:int(.7 * len(normal))][:limit]
-    rest = np.setdiff1d(np.arange(len(x)), normal[:int(.7 * len(normal))])
+    chosen = normal[:int(.7 * len(normal))]
+    train, rest = chosen[:limit], np.setdiff1d(np.arange(len(x)), chosen)
     return x[train], x[rest], y[rest], 'MNIST test images, 70 % of a digit'
 
 
 def train_plainly(x, epochs, warm):
-    """The loop as people write it, with all the rules of Deep SVDD; a function from images to scores."""
+    """The loop as people write it, with all rules of Deep SVDD; a function from images to scores."""
     import numpy as np
     import torch
     from torch.utils.data import DataLoader, TensorDataset
-    from ad_course.datasets import data_root, mnist
     from ad_course.networks import decoder, encoder
     torch.manual_seed(0)
     def contrast(x):
@@ -90,115 +91,119 @@ def train_plainly(x, epochs, warm):
             running += loss.item() * len(batch)
     net.eval()
     def score(images):
-        with torch.no_grad(): return torch.cat([(net((contrast(b.numpy()) - low) / (high - low)) - c).square().sum(1) for b in torch.from_numpy(images).split(BATCH)]).numpy()
+        scaled = lambda b: (contrast(b.numpy()) - low) / (high - low)
+        squared_distances = lambda b: (net(scaled(b)) - c).square().sum(1)
+        batches = torch.from_numpy(images).split(BATCH)
+        with torch.no_grad(): return torch.cat([squared_distances(b) for b in batches]).numpy()
     np.quantile(score(x), .95)
     return score
 
 
+def flat(images): return images.reshape(len(images), -1)
+
+
+def train_ours(how, x, epochs):
+    """`fit` of the course: warm or 'cold', or with 'layers' as PyOD has them."""
+    from ad_course.deepsvdd import DeepSVDD
+    if how == 'layers':   # linear ones of 64 and 32 units, no warm start
+        params = dict(epochs=2 * epochs, pretrain_epochs=0, arch='mlp', width=8, code_dim=32)
+    else:
+        params = dict(epochs=epochs, pretrain_epochs=0 if how == 'cold' else epochs, lr=LR,
+                      pretrain_lr=PRETRAIN_LR, weight_decay=DECAY, code_dim=CODE_DIM, width=WIDTH)
+    return DeepSVDD(batch_size=BATCH, device='cpu', verbose=False, **params).fit(x)
+
+
+def train_achc(x, epochs):
+    """As many passes over the images: half before the game, half in it."""
+    from ad_course.achc import ACHC
+    sizes = dict(batch_size=BATCH, width=WIDTH)
+    return ACHC(epochs=epochs, warm_up=epochs, device='cpu', verbose=False, **sizes).fit(x)
+
+
+def train_peer(kind, x, epochs):
+    """PyOD's or DeepOD's; they have no warm start and get its epochs too."""
+    if kind == 'pyod':
+        from pyod.models.deep_svdd import DeepSVDD
+        own = dict(n_features=flat(x).shape[1], random_state=0)
+    else:
+        from deepod.models.tabular import DeepSVDD
+        own = dict(device='cpu', random_state=42)
+    return DeepSVDD(epochs=2 * epochs, batch_size=BATCH, verbose=0, **own).fit(flat(x))
+
+
 def train(who, x, epochs):
     """One contestant; a function from images to scores."""
-    kind, *how = who.split()
-    flat = lambda images: images.reshape(len(images), -1)
-    if kind == 'loop': return train_plainly(x, epochs, not how)
-    if kind == 'fit' and how == ['layers']:   # linear layers of 64 and 32 units, no warm start: as PyOD has them
-        from ad_course.deepsvdd import DeepSVDD
-        return DeepSVDD(epochs=2 * epochs, pretrain_epochs=0, batch_size=BATCH, arch='mlp', width=8, code_dim=32, device='cpu', verbose=False).fit(x).decision_function
-    if kind == 'fit':
-        from ad_course.deepsvdd import DeepSVDD
-        return DeepSVDD(epochs=epochs, pretrain_epochs=0 if how else epochs, batch_size=BATCH, lr=LR, pretrain_lr=PRETRAIN_LR, weight_decay=DECAY, code_dim=CODE_DIM,
-                        width=WIDTH, device='cpu', verbose=False).fit(x).decision_function
-    if kind == 'achc':   # as many passes over the images: half before the game, half in it
-        from ad_course.achc import ACHC
-        return ACHC(epochs=epochs, warm_up=epochs, batch_size=BATCH, width=WIDTH, device='cpu', verbose=False).fit(x).decision_function
+    kind, _, how = who.partition(' ')
+    if kind == 'loop': return train_plainly(x, epochs, warm=not how)
+    if kind == 'fit': return train_ours(how, x, epochs).decision_function
+    if kind == 'achc': return train_achc(x, epochs).decision_function
     if kind == 'pca':
         from ad_course.baselines import PCA
         return PCA(components=min(30, len(x) - 1), device='cpu').fit(x).decision_function
-    if kind == 'pyod':
-        from pyod.models.deep_svdd import DeepSVDD
-        d = DeepSVDD(n_features=flat(x).shape[1], epochs=2 * epochs, batch_size=BATCH, random_state=0, verbose=0).fit(flat(x))
-    else:
-        from deepod.models.tabular import DeepSVDD
-        d = DeepSVDD(epochs=2 * epochs, batch_size=BATCH, device='cpu', random_state=42, verbose=0).fit(flat(x))
-    return lambda images: d.decision_function(flat(images))
+    peer = train_peer(kind, x, epochs)
+    return lambda images: peer.decision_function(flat(images))
 
 
 def measure(contestant, digit, limit, epochs, threads):
     """All numbers of one contestant, as a dict."""
-    import contextlib
     import torch
     torch.set_num_threads(threads)
     from ad_course.metrics import auroc
-    from ad_course.surfaces import surfaces
     import ad_course.achc, ad_course.baselines  # imports count for nobody
     if contestant in PEERS: __import__(PEERS[contestant][0])
-    who = CONTESTANTS[contestant]
     x, x_test, y_test, name = data(digit, limit)
+    one = lambda images, passes: train(CONTESTANTS[contestant], images, passes)
     with contextlib.redirect_stdout(sys.stderr):
-        forget_peak()
-        before = peak()
-        train(who, x[:2 * BATCH], 1)      # warm-up: kernels are chosen and buffers made at the first use
-        start, cpu = time.perf_counter(), time.process_time()
-        score = train(who, x, epochs)
-        whole, cpu, memory = time.perf_counter() - start, time.process_time() - cpu, peak() - before
-        return dict(whole=whole, cpu=cpu, memory=memory, auroc=auroc(y_test, score(x_test)), data=f'{name}: {len(x)} images')
+        score, out = bench.measured(one, x, epochs, few=2 * BATCH)
+        quality = auroc(y_test, score(x_test))
+    return out | dict(auroc=quality, data=f'{name}: {len(x)} images')
 
 
-# ---------------------------------------------------------------- the rounds and the table
-
-def run(contestant, digit, args):
-    """`measure` in a fresh process."""
-    command = [sys.executable, __file__, '--measure', contestant, '--digits', str(digit), '--epochs', str(args.epochs), '--threads', str(args.threads)]
-    if args.images: command += ['--images', str(args.images)]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': str(args.threads), 'PYTHONPATH': path, 'CUDA_VISIBLE_DEVICES': ''})
-    if done.returncode: raise SystemExit(f'{contestant} failed:\n{done.stderr}')
-    return json.loads(done.stdout.splitlines()[-1])
-
-
+# ---------------------------------------------------------------- the table
 def present(args):
     """The contestants that can take part; a line about each that cannot."""
-    out = dict(CONTESTANTS)
-    for name, (module, install) in PEERS.items():
-        if args.no_peers: del out[name]
-        elif subprocess.run([sys.executable, '-c', f'import {module}'], capture_output=True).returncode:
-            print(f'{name}: left out, it is not installed ({install})')
-            del out[name]
-    return out
+    return bench.without_missing(CONTESTANTS, PEERS, args.no_peers)
 
 
 def table(results, digits):
-    """Markdown. results: (contestant, digit) -> measurements, one a round."""
-    lines = ['| contestant | its CPU s, min | ratio | whole fit, s, median | peak, MiB | ' + ' | '.join(f'AUROC {k}' for k in digits) + ' |', '|:--|' + '--:|' * (4 + len(digits))]
-    names = list(dict.fromkeys(name for name, _ in results))
-    cpu = lambda name: statistics.mean(min(m['cpu'] for m in results[name, k]) for k in digits)
+    """Markdown. results: (digit, contestant) -> measurements, one a round."""
+    head = ['contestant', 'its CPU s, min', 'ratio', 'whole fit, s, median', 'peak, MiB',
+            *(f'AUROC {k}' for k in digits)]
+    names, rows = list(dict.fromkeys(name for _, name in results)), []
+    cpu = lambda name: statistics.mean(min(m['cpu'] for m in results[k, name]) for k in digits)
     for name in names:
-        found = [m for k in digits for m in results[name, k]]
+        found = [m for k in digits for m in results[k, name]]
         base = 'plain loop, no warm start' if name == 'ours, no warm start' else names[0]
-        lines.append(f'| {name} | {cpu(name):.2f} | {cpu(name) / cpu(base):.2f} | {statistics.median(m["whole"] for m in found):.2f} | {statistics.median(m["memory"] for m in found):.0f} | '
-                     + ' | '.join(f'{statistics.median(m["auroc"] for m in results[name, k]):.3f}' for k in digits) + ' |')
-    return '\n'.join(lines)
+        whole, memory = bench.median(found, 'whole'), bench.median(found, 'memory')
+        rows.append([name, f'{cpu(name):.2f}', f'{cpu(name) / cpu(base):.2f}', f'{whole:.2f}',
+                     f'{memory:.0f}',
+                     *(f'{bench.median(results[k, name], "auroc"):.3f}' for k in digits)])
+    return bench.markdown(head, rows, left=0)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--digits', type=int, nargs='+', default=[2, 5], help='each in turn is normal; the defaults of the method were chosen on 3 and 8')
+    """The command line."""
+    parser = bench.arguments(__doc__, rounds=2)
+    parser.add_argument('--digits', type=int, nargs='+', default=[2, 5],
+                        help='each in turn is normal; the defaults were chosen on 3 and 8')
     parser.add_argument('--images', type=int, help='at most so many training images')
-    parser.add_argument('--epochs', type=int, default=20, help='of the warm start, and as many of Deep SVDD; the peers, which have none, get the sum')
-    parser.add_argument('--rounds', type=int, default=2, help='measurements of each contestant')
+    parser.add_argument('--epochs', type=int, default=20, help='of the warm start, and as many of '
+                        'Deep SVDD; the peers, which have none, get the sum')
     parser.add_argument('--threads', type=int, default=1)
-    parser.add_argument('--no-peers', action='store_true', help='leave PyOD and DeepOD out')
-    parser.add_argument('--measure', help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.measure: return print(json.dumps(measure(args.measure, args.digits[0], args.images, args.epochs, args.threads)))
+    if args.measure:
+        found = measure(args.measure, args.digits[0], args.images, args.epochs, args.threads)
+        return print(json.dumps(found))
+    fresh = lambda digit, name: bench.in_a_process_of_its_own(
+        __file__, name, args.threads, digits=digit, images=args.images, epochs=args.epochs)
+    say = lambda found: f'{found["cpu"]:.2f} CPU s, AUROC {found["auroc"]:.3f}'
     contestants = present(args)
-    results = {(name, digit): [] for digit in args.digits for name in contestants}
-    for turn in range(args.rounds):
-        for name, digit in results:
-            found = run(name, digit, args)
-            results[name, digit].append(found)
-            print(f'round {turn + 1}, {digit}, {name}: {found["cpu"]:.2f} CPU s, AUROC {found["auroc"]:.3f}', file=sys.stderr, flush=True)
+    keys = [(digit, name) for digit in args.digits for name in contestants]
+    results = bench.rounds(args.rounds, keys, fresh, say)
+    what = results[keys[-1]][-1]['data']
     import torch
-    print(f'\n{found["data"]}, batches of {BATCH}, {args.epochs} + {args.epochs} epochs, {args.rounds} rounds, {args.threads} thread(s); torch {torch.__version__}\n')
+    print(f'\n{what}, batches of {BATCH}, {args.epochs} + {args.epochs} epochs, '
+          f'{args.rounds} rounds, {args.threads} thread(s); torch {torch.__version__}\n')
     print(table(results, args.digits))
 
 
