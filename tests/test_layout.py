@@ -82,9 +82,7 @@ def test_no_path_of_a_machine_in_any_file():
 # ---------------------------------------------------------------- lines and words
 # Files that are not yet as they must be. A list only gets shorter: what is mended must leave it.
 STILL_LONG = {
-    'nbs/solutions/3_solutions_one_class.ipynb',
-    'tests/benchmarks/train_ae.py', 'tests/benchmarks/train_deepsvdd.py',
-    'tests/test_benchmarks.py', 'tests/test_detector.py', 'tests/test_mutants.py'}
+    'nbs/solutions/3_solutions_one_class.ipynb', 'tests/test_detector.py'}
 STILL_OLD_WORDS = {
     'nbs/solutions/3_solutions_one_class.ipynb',
 }

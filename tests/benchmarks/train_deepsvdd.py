@@ -50,7 +50,7 @@ def data(digit, limit=None):
 
 
 def train_plainly(x, epochs, warm):
-    """The loop as people write it, with all rules of Deep SVDD; a function from images to scores."""
+    """The loop as people write it, with all rules of Deep SVDD; a function: images -> scores."""
     import numpy as np
     import torch
     from torch.utils.data import DataLoader, TensorDataset
