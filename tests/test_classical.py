@@ -473,12 +473,12 @@ def test_mutant_is_caught(why, broken):
 
 
 # ---------------------------------------------------------------- the contract, wrong use, drawing
-SMALL = [OCSVM(), SVDD(nu=.3), SVDD(kernel='linear'), IForest(n_trees=30), KDE(),
-         KDE(components=8.), GMM(), GMM(components=.9, n_components=2), FeatureKNN(components=10)]
+SETTINGS = [SVDD(nu=.3), SVDD(kernel='linear'), IForest(n_trees=30), KDE(components=8.),
+         GMM(components=.9, n_components=2), FeatureKNN(components=10)]
 
 
-@pytest.mark.parametrize('detector', SMALL, ids=lambda d: f'{type(d).__name__}, {d.components}')
-def test_contract(detector): check_detector(detector)
+@pytest.mark.parametrize('detector', SETTINGS, ids=lambda d: f'{type(d).__name__}, {d.components}')
+def test_contract_of_other_settings(detector): check_detector(detector)
 
 
 METHODS = OCSVM, SVDD, IForest, KDE, GMM, FeatureKNN

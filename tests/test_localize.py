@@ -9,7 +9,6 @@ import torch
 from torch.nn import functional as F
 
 from ad_course.ae import AE
-from ad_course.check import check_detector
 from ad_course.localize import (MapAE, MapScore, SSIMAE, gaussian_matrix, local_mean, smooth,
                                 ssim_map, top_mean)
 from tests.mutants import assert_caught, changed, each_mutant
@@ -263,6 +262,3 @@ def test_mapscore_goes_with_any_detector_that_reconstructs():
 def test_wrong_settings_are_refused(cls, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         fitted(cls, pictures(4, 1, 8, 8).float(), **wrong)
-
-
-def test_promises(): check_detector(SSIMAE(epochs=30, batch_size=32, top=.2))
