@@ -1,4 +1,6 @@
-"""The spine under stress: any input, any interruption, any file. What `check_detector` cannot ask of every method is asked here of a few."""
+"""The spine under stress: any input, any interruption, any file.
+
+What `check_detector` cannot ask of every method is asked here of a few."""
 import _thread
 import copy
 import itertools
@@ -36,10 +38,16 @@ from ad_course.detector import Detector, from_json, isolated, load, read_file, t
 from ad_course.metrics import auroc
 
 PACKAGE = Path(spine.__file__).parents[1]
-SMALL = dict(AE=lambda **kw: AE(**{**dict(epochs=1, code_dim=2, width=2, batch_size=4, verbose=False), **kw}),
-             MeanImage=lambda **kw: MeanImage(**{**dict(batch_size=4, verbose=False), **kw}),
-             PCA=lambda **kw: PCA(**{**dict(batch_size=4, verbose=False), **kw}),
-             KNN=lambda **kw: KNN(**{**dict(batch_size=4, k=1, verbose=False), **kw}))
+
+
+def small_one(cls, **defaults):
+    """A function from hyper-parameters to a detector; those not given are `defaults`."""
+    defaults |= dict(batch_size=4, verbose=False)
+    return lambda **given: cls(**defaults | given)
+
+
+SMALL = dict(AE=small_one(AE, epochs=1, code_dim=2, width=2), MeanImage=small_one(MeanImage),
+             PCA=small_one(PCA), KNN=small_one(KNN, k=1))
 each_detector = pytest.mark.parametrize('small', SMALL.values(), ids=SMALL)
 
 
@@ -51,7 +59,8 @@ def on_the_cpu():
         yield
 
 
-def images(n, c=1, h=6, w=6, seed=0): return np.random.default_rng(seed).random((n, c, h, w), dtype='float32')
+def images(n, c=1, h=6, w=6, seed=0):
+    return np.random.default_rng(seed).random((n, c, h, w), dtype='float32')
 
 
 def learned(d): return {k: v for k, v in vars(d).items() if k.endswith('_')}
@@ -60,26 +69,34 @@ def learned(d): return {k: v for k, v in vars(d).items() if k.endswith('_')}
 def same_model(a, b):
     """Bit by bit: weights, learned attributes, and history (but for the seconds)."""
     one, two = learned(a), learned(b)
+    of_terms = lambda history: [(k, v) for k, v in history.items() if k != 'seconds']
     assert one.keys() == two.keys()
     for name in one:
         if name == 'nets_':
             p, q = one[name].state_dict(), two[name].state_dict()
             assert p.keys() == q.keys() and all(torch.equal(p[k], q[k]) for k in p)
-        elif name == 'history_': assert [(k, v) for k, v in one[name].items() if k != 'seconds'] == [(k, v) for k, v in two[name].items() if k != 'seconds']
+        elif name == 'history_': assert of_terms(one[name]) == of_terms(two[name])
         elif torch.is_tensor(one[name]): assert torch.equal(one[name], two[name])
         else: assert one[name] == two[name]
 
 
 class refused:
-    """The body fails with a ValueError or TypeError that says something; afterwards the detectors are as they were."""
-    def __init__(self, *detectors, kinds=(ValueError, TypeError), match=''): self.detectors, self.kinds, self.match = detectors, kinds, match
+    """The body fails with a ValueError or TypeError that says something.
+
+    Afterwards the detectors are as they were."""
+    def __init__(self, *detectors, kinds=(ValueError, TypeError), match=''):
+        self.detectors, self.kinds, self.match = detectors, kinds, match
+
     def __enter__(self): self.before = [dict(vars(d)) for d in self.detectors]
     def __exit__(self, kind, error, trace):
         assert kind, 'no error'
         if not issubclass(kind, self.kinds): return False
-        assert len(str(error)) > 10 and re.search(self.match, str(error)), f'the error says too little: {error!r}'
+        says = len(str(error)) > 10 and re.search(self.match, str(error))
+        assert says, f'the error says too little: {error!r}'
         for d, before in zip(self.detectors, self.before):
-            assert vars(d).keys() == before.keys() and all(vars(d)[k] is v for k, v in before.items()), 'a failed call changed the detector'
+            now = vars(d)
+            same = now.keys() == before.keys() and all(now[k] is v for k, v in before.items())
+            assert same, 'a failed call changed the detector'
         return True
 
 
@@ -106,14 +123,18 @@ def big_endian(x): return x.astype(x.dtype.newbyteorder('>'))
 def from_bytes(x): return np.frombuffer(x.tobytes(), x.dtype).reshape(x.shape)
 
 
-ARRAYS = [np.copy, reversed_strides, every_second, transposed, read_only, big_endian, from_bytes, np.asfortranarray]
+ARRAYS = [np.copy, reversed_strides, every_second, transposed, read_only, big_endian, from_bytes,
+          np.asfortranarray]
 FORMS = dict(array=lambda x: x, lists=lambda x: x.tolist(), tensor=tensor,
              grad=lambda x: tensor(x).requires_grad_() if x.dtype.kind == 'f' else tensor(x),
              channels_last=lambda x: tensor(x).contiguous(memory_format=torch.channels_last),
              expanded=lambda x: tensor(x)[:, None].expand(-1, 2, -1, -1, -1)[:, 1],
-             tensors=lambda x: TensorDataset(tensor(x)), arrays=lambda x: Items(list(x)), pairs=lambda x: Items([(a, 7) for a in x]),
-             triples=lambda x: Items([[a, None, 'path'] for a in x]), grad_items=lambda x: Items(list(FORMS['grad'](x))),
-             stack=lambda x: x[:, 0] if x.shape[1] == 1 else x, flat_items=lambda x: Items([a[0] if len(a) == 1 else a for a in x]))
+             tensors=lambda x: TensorDataset(tensor(x)), arrays=lambda x: Items(list(x)),
+             pairs=lambda x: Items([(a, 7) for a in x]),
+             triples=lambda x: Items([[a, None, 'path'] for a in x]),
+             grad_items=lambda x: Items(list(FORMS['grad'](x))),
+             stack=lambda x: x[:, 0] if x.shape[1] == 1 else x,
+             flat_items=lambda x: Items([a[0] if len(a) == 1 else a for a in x]))
 sides, channels = st.one_of(st.integers(1, 12), st.integers(1, 40)), st.sampled_from([1, 3])
 
 
@@ -121,8 +142,9 @@ def test_all_forms_are_tried():
     """The strategies below draw from these; an array that only looks special would test nothing."""
     x = images(3, 3, 4, 5)
     for f in ARRAYS: np.testing.assert_array_equal(f(x), x)
-    assert reversed_strides(x).strides[-1] < 0 and not read_only(x).flags.writeable and not from_bytes(x).flags.writeable
-    assert not every_second(x).flags.c_contiguous and big_endian(x).dtype.byteorder == '>' and transposed(x).flags.f_contiguous
+    assert reversed_strides(x).strides[-1] < 0 and big_endian(x).dtype.byteorder == '>'
+    assert not read_only(x).flags.writeable and not from_bytes(x).flags.writeable
+    assert not every_second(x).flags.c_contiguous and transposed(x).flags.f_contiguous
     assert not FORMS['channels_last'](x).is_contiguous() and FORMS['grad'](x).requires_grad
 
 
@@ -171,19 +193,29 @@ def test_values_that_are_no_intensities_are_refused(fitted, name, where, value, 
 
 
 @pytest.mark.parametrize('name', SMALL)
-@pytest.mark.parametrize('wrong', [lambda x: x.astype(int), lambda x: x > .5, lambda x: x.astype(object), lambda x: x.astype(complex), lambda x: x.astype(str),
-                                   lambda x: (x * 100).astype('int8'), lambda x: (x * 100).astype('uint16'), lambda x: torch.from_numpy(x) > .5, lambda x: tensor(x).to(torch.complex64),
-                                   lambda x: None, lambda x: 3, lambda x: 'images', lambda x: [], lambda x: {}, lambda x: [None] * 12, lambda x: [x[0], x[0, :, :3]], lambda x: x[0, 0], lambda x: x[None],
-                                   lambda x: x[:, :0], lambda x: x[..., :0], lambda x: x.ravel(), lambda x: np.zeros((12, 6, 6, 3), 'float32'), lambda x: np.zeros((12, 0, 6), 'float32')])
+@pytest.mark.parametrize('wrong', [
+    lambda x: x.astype(int), lambda x: x > .5, lambda x: x.astype(object),
+    lambda x: x.astype(complex), lambda x: x.astype(str), lambda x: (x * 100).astype('int8'),
+    lambda x: (x * 100).astype('uint16'), lambda x: torch.from_numpy(x) > .5,
+    lambda x: tensor(x).to(torch.complex64), lambda x: None, lambda x: 3, lambda x: 'images',
+    lambda x: [], lambda x: {}, lambda x: [None] * 12, lambda x: [x[0], x[0, :, :3]],
+    lambda x: x[0, 0], lambda x: x[None], lambda x: x[:, :0], lambda x: x[..., :0],
+    lambda x: x.ravel(), lambda x: np.zeros((12, 6, 6, 3), 'float32'),
+    lambda x: np.zeros((12, 0, 6), 'float32')])
 def test_what_cannot_be_images_is_refused(fitted, name, wrong):
     d, x = fitted[name], wrong(images(12))
     with refused(d): d.fit(x)
     with refused(d): d.decision_function(x)
 
 
-@pytest.mark.parametrize('items', [[None] * 5, ['a'] * 5, [{'image': 1}] * 5, [()] * 5, [[]] * 5, [1.] * 5, [object()] * 5, [np.zeros((1, 6, 6), int)] * 5, [np.zeros((1, 1, 6, 6), 'float32')] * 5,
-                                   [np.zeros((6, 6, 3), 'uint8')] * 5, [], [images(1)[0]] * 5 + [images(1)[0, :, :5]], [images(1)[0]] * 4 + [images(1)[0, :, :, :5]] * 4,
-                                   [images(1)[0]] * 4 + [np.ones((1, 6, 6), 'uint8')] * 4, [np.ones((1, 6, 6), 'uint8')] * 4 + [images(1)[0]] * 4])
+FLOATS, BYTES = images(1)[0], np.ones((1, 6, 6), 'uint8')
+
+
+@pytest.mark.parametrize('items', [
+    [None] * 5, ['a'] * 5, [{'image': 1}] * 5, [()] * 5, [[]] * 5, [1.] * 5, [object()] * 5, [],
+    [np.zeros((1, 6, 6), int)] * 5, [np.zeros((1, 1, 6, 6), 'float32')] * 5,
+    [np.zeros((6, 6, 3), 'uint8')] * 5, [FLOATS] * 5 + [FLOATS[:, :5]],
+    [FLOATS] * 4 + [FLOATS[:, :, :5]] * 4, [FLOATS] * 4 + [BYTES] * 4, [BYTES] * 4 + [FLOATS] * 4])
 def test_items_that_cannot_be_images_are_refused(fitted, items):
     for d in fitted.values():
         with refused(d): d.fit(Items(items))
@@ -263,8 +295,10 @@ class Labelled(AE):
 LABELS = [0, 0, 1, 0, 1, 0, 0, 0, 1, 0, 0, 0]
 
 
-@pytest.mark.parametrize('y', [LABELS, tuple(LABELS), np.array(LABELS, bool), np.array(LABELS, '>f8'), torch.tensor(LABELS), torch.tensor(LABELS, dtype=torch.float64, requires_grad=True),
-                               np.repeat(LABELS, 2)[::2], np.array(LABELS, object)])
+@pytest.mark.parametrize('y', [
+    LABELS, tuple(LABELS), np.array(LABELS, bool), np.array(LABELS, '>f8'), torch.tensor(LABELS),
+    torch.tensor(LABELS, dtype=torch.float64, requires_grad=True), np.repeat(LABELS, 2)[::2],
+    np.array(LABELS, object)])
 def test_labels_in_every_form(y):
     small = lambda: Labelled(epochs=2, code_dim=2, width=2, batch_size=4, verbose=False)
     d = small().fit(images(12), LABELS)
@@ -273,11 +307,14 @@ def test_labels_in_every_form(y):
     same_model(small().fit(Items([(a, label) for a, label in zip(images(12), LABELS)])), d)
     same_model(small().fit(TensorDataset(tensor(images(12)), torch.tensor(LABELS))), d)
     scores = d.decision_function(images(12))[np.array(LABELS) == 0]
-    assert d.threshold_ == pytest.approx(np.quantile(scores, .95)), 'the threshold comes from the normal images alone'
+    from_normal = pytest.approx(np.quantile(scores, .95))
+    assert d.threshold_ == from_normal, 'the threshold comes from the normal images alone'
 
 
-@pytest.mark.parametrize('y', [LABELS[:-1], LABELS + [0], [LABELS], [[v] for v in LABELS], 0, 1, 'abcdefghijkl', [2] + LABELS[1:], [-1] + LABELS[1:], [np.nan] + LABELS[1:], [.5] + LABELS[1:],
-                               [None] + LABELS[1:], ['1'] + LABELS[1:], [1] * 12, [], [[1], [1, 2]] + LABELS[2:], {}, object()])
+@pytest.mark.parametrize('y', [
+    LABELS[:-1], LABELS + [0], [LABELS], [[v] for v in LABELS], 0, 1, 'abcdefghijkl', [1] * 12, [],
+    *([first] + LABELS[1:] for first in (2, -1, np.nan, .5, None, '1')),
+    [[1], [1, 2]] + LABELS[2:], {}, object()])
 def test_labels_that_are_none_are_refused(y):
     for d in (Labelled(epochs=1, verbose=False), SMALL['AE'](), SMALL['KNN']()):
         with refused(d): d.fit(images(12), y)
@@ -303,10 +340,16 @@ def test_labels_without_effect_are_a_warning():
         same_model(d, SMALL[name]().fit(images(12)))
 
 
-BAD = [('AE', name, v) for name, values in dict(epochs=[-1, 1., None, 'a', True, np.nan], batch_size=[0, -1, 2., None, 10**30], lr=[0, -1e-3, np.nan, np.inf, None, 'a'], seed=[-1, .5, None, 2**64, 2**70],
-       contamination=[0, 1, -.1, np.nan, None, 'a'], precision=['float16', None, ['a'], torch.float32], workers=[-1, 'a', None, .5], code_dim=[0, -1, 2., None, 'a', True], width=[0, 1.5, None],
-       arch=['x', None, ['mlp']], weight_decay=[-1, np.nan, np.inf, None, 'a'], device=['no such device', 'cuda:99', 3.5]).items() for v in values]
-BAD += [('PCA', 'components', v) for v in (0, -1, 5.5, np.nan, np.inf, None, 'a', 13)] + [('KNN', 'k', v) for v in (0, -1, 2., None, 'a', 12, True)]
+OUT_OF_RANGE = dict(
+    epochs=[-1, 1., None, 'a', True, np.nan], batch_size=[0, -1, 2., None, 10**30],
+    lr=[0, -1e-3, np.nan, np.inf, None, 'a'], seed=[-1, .5, None, 2**64, 2**70],
+    contamination=[0, 1, -.1, np.nan, None, 'a'], workers=[-1, 'a', None, .5],
+    precision=['float16', None, ['a'], torch.float32], code_dim=[0, -1, 2., None, 'a', True],
+    width=[0, 1.5, None], arch=['x', None, ['mlp']], weight_decay=[-1, np.nan, np.inf, None, 'a'],
+    device=['no such device', 'cuda:99', 3.5])
+BAD = [('AE', name, v) for name, values in OUT_OF_RANGE.items() for v in values]
+BAD += [('PCA', 'components', v) for v in (0, -1, 5.5, np.nan, np.inf, None, 'a', 13)]
+BAD += [('KNN', 'k', v) for v in (0, -1, 2., None, 'a', 12, True)]
 
 
 @pytest.mark.parametrize('name, parameter, value', BAD)
@@ -317,9 +360,12 @@ def test_hyper_parameters_out_of_range_are_refused(name, parameter, value):
     with refused(d): d.fit(Items(list(images(12))))
 
 
-@pytest.mark.parametrize('name, parameter, value', [('AE', 'seed', np.int64(3)), ('AE', 'epochs', np.int32(2)), ('AE', 'code_dim', np.int64(4)), ('AE', 'width', np.uint8(2)), ('AE', 'lr', np.float32(.01)),
-                                                    ('AE', 'batch_size', np.int64(5)), ('AE', 'weight_decay', np.float64(.1)), ('KNN', 'k', np.int64(2)), ('PCA', 'components', np.int64(2)), ('PCA', 'components', np.float32(.5)),
-                                                    ('AE', 'workers', np.int64(0))])
+@pytest.mark.parametrize('name, parameter, value', [
+    ('AE', 'seed', np.int64(3)), ('AE', 'epochs', np.int32(2)), ('AE', 'code_dim', np.int64(4)),
+    ('AE', 'width', np.uint8(2)), ('AE', 'lr', np.float32(.01)), ('AE', 'batch_size', np.int64(5)),
+    ('AE', 'weight_decay', np.float64(.1)), ('KNN', 'k', np.int64(2)),
+    ('PCA', 'components', np.int64(2)), ('PCA', 'components', np.float32(.5)),
+    ('AE', 'workers', np.int64(0))])
 def test_numbers_of_numpy_are_numbers(tmp_path, name, parameter, value):
     """A search over np.arange gives such."""
     d, plain = (SMALL[name](**{parameter: v}).fit(images(12)) for v in (value, value.item()))
@@ -788,7 +834,8 @@ def peak():
     try: return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM')) / 1024
     except (OSError, StopIteration): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / MIB
 
-n, ae = int(sys.argv[1]), AE(epochs=1, kind='mlp', width=1, code_dim=4, batch_size=20, verbose=False)
+n, sizes = int(sys.argv[1]), dict(arch='mlp', width=1, code_dim=4, batch_size=20)
+ae = AE(epochs=1, verbose=False, **sizes)
 ae.fit(MadeUp(60)).decision_function(MadeUp(60))  # warm-up
 try: open('/proc/self/clear_refs', 'w').write('5')  # Linux: the peak counts anew from here on
 except OSError: pass
