@@ -149,12 +149,14 @@ def test_all_forms_are_tried():
 
 
 @each_detector
-@given(data=st.data(), n=st.integers(2, 10), c=channels, h=sides, w=sides, dtype=st.sampled_from(['uint8', 'float16', 'float32', 'float64']),
+@given(data=st.data(), shape=st.tuples(st.integers(2, 10), channels, sides, sides),
+       dtype=st.sampled_from(['uint8', 'float16', 'float32', 'float64']),
        layout=st.sampled_from(ARRAYS), form=st.sampled_from(list(FORMS)), seed=st.integers(0, 99))
-def test_every_form_of_the_same_images_gives_the_same_model_and_scores(small, data, n, c, h, w, dtype, layout, form, seed):
-    rng = np.random.default_rng(seed)
-    x = (rng.integers(0, 256, (n, c, h, w)) if dtype == 'uint8' else rng.random((n, c, h, w))).astype(dtype)
-    if form == 'lists': x = x.astype('float64') / (255 if dtype == 'uint8' else 1)  # a list has no bytes
+def test_every_form_of_the_same_images_gives_the_same_model_and_scores(
+        small, data, shape, dtype, layout, form, seed):
+    rng, n, of_bytes = np.random.default_rng(seed), shape[0], dtype == 'uint8'
+    x = (rng.integers(0, 256, shape) if of_bytes else rng.random(shape)).astype(dtype)
+    if form == 'lists': x = x.astype('float64') / (255 if of_bytes else 1)  # a list has no bytes
     plain = (x.astype('float32') / np.float32(255) if x.dtype == np.uint8 else x.astype('float32'))
     given_x = FORMS[form](layout(x))
     before = x.copy()
@@ -180,7 +182,8 @@ def fitted():
 
 
 @pytest.mark.parametrize('name', SMALL)
-@given(where=st.integers(0, 12 * 36 - 1), value=st.sampled_from([np.nan, np.inf, -np.inf, -.01, 1.01, 255, -1e30, 1e30]),
+@given(where=st.integers(0, 12 * 36 - 1),
+       value=st.sampled_from([np.nan, np.inf, -np.inf, -.01, 1.01, 255, -1e30, 1e30]),
        dtype=st.sampled_from(['float16', 'float32', 'float64']), form=st.sampled_from(list(FORMS)))
 def test_values_that_are_no_intensities_are_refused(fitted, name, where, value, dtype, form):
     d, x = fitted[name], images(12).astype(dtype)
@@ -270,26 +273,31 @@ def test_no_images_give_empty_answers_of_the_right_shape(fitted):
     for d in fitted.values():
         assert d.decision_function(x).shape == d.predict(x).shape == (0,)
         if type(d) is not KNN: assert d.anomaly_map(x).shape == (0, 6, 6)
-    assert fitted['AE'].encode(x).shape == (0, 2) and fitted['AE'].reconstruct(x).shape == (0, 1, 6, 6)
+    ae = fitted['AE']
+    assert ae.encode(x).shape == (0, 2) and ae.reconstruct(x).shape == (0, 1, 6, 6)
 
 
 @each_detector
-@given(fit=st.tuples(channels, sides, sides), score=st.tuples(channels, sides, sides), n=st.integers(0, 3))
+@given(fit=st.tuples(channels, sides, sides), score=st.tuples(channels, sides, sides),
+       n=st.integers(0, 3))
 @example(fit=(1, 1, 1), score=(3, 1, 1), n=2)
 @example(fit=(1, 4, 4), score=(1, 2, 8), n=2)
 @example(fit=(3, 5, 5), score=(1, 5, 5), n=2)
 def test_images_of_another_size_are_refused(small, fit, score, n):
     assume(fit != score)
     d = small().fit(images(4, *fit))
-    with refused(d, kinds=ValueError, match='must have the shape'): d.decision_function(images(n, *score))
-    with refused(d, kinds=ValueError): d.calibrate(images(n, *score))
+    x = images(n, *score)
+    with refused(d, kinds=ValueError, match='must have the shape'): d.decision_function(x)
+    with refused(d, kinds=ValueError): d.calibrate(x)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Labelled(AE):
     """An autoencoder that reads labels: anomalies do not count."""
     uses_labels = True
-    def loss(self, xb, yb): return dict(reconstruction=(1 - yb) * self.errors(xb).flatten(1).mean(1))
+    def loss(self, xb, yb):
+        errors = self.errors(xb).flatten(1).mean(1)
+        return dict(reconstruction=(1 - yb) * errors)
 
 
 LABELS = [0, 0, 1, 0, 1, 0, 0, 0, 1, 0, 0, 0]
@@ -336,7 +344,8 @@ def test_a_dataset_of_anomalies_alone_is_refused():
 
 def test_labels_without_effect_are_a_warning():
     for name in SMALL:
-        with pytest.warns(UserWarning, match='does not use labels'): d = SMALL[name]().fit(images(12), LABELS)
+        with pytest.warns(UserWarning, match='does not use labels'):
+            d = SMALL[name]().fit(images(12), LABELS)
         same_model(d, SMALL[name]().fit(images(12)))
 
 
@@ -400,7 +409,8 @@ def usable(d, x, path):
     same_model(again, d)
 
 
-EPOCHS_DONE = {('loss', 1): 0, ('loss', 3): 1, ('loss', 4): 1, ('loss', 6): 2, ('step', 9): 3, ('after_epoch', 0): 1, ('after_epoch', 1): 2, ('after_epoch', 3): 4}
+EPOCHS_DONE = {('loss', 1): 0, ('loss', 3): 1, ('loss', 4): 1, ('loss', 6): 2, ('step', 9): 3,
+               ('after_epoch', 0): 1, ('after_epoch', 1): 2, ('after_epoch', 3): 4}
 
 
 @pytest.mark.parametrize('hook, call', EPOCHS_DONE)
@@ -455,8 +465,12 @@ def test_interrupted_before_there_is_anything_to_keep(hook):
         assert vars(free(d, hook)) == before
 
 
-@pytest.mark.parametrize('hook, call', [('loss', 0), ('loss', 8), ('step', 8), ('after_epoch', 2), ('image_score', 0), ('image_score', 1), ('networks', 0), ('threshold_rule', 0), ('optimizers', 0)])
-@pytest.mark.parametrize('error', [ValueError('a fault of the method'), RuntimeError('out of memory'), SystemExit(3), GeneratorExit()])
+@pytest.mark.parametrize('hook, call', [
+    ('loss', 0), ('loss', 8), ('step', 8), ('after_epoch', 2), ('image_score', 0),
+    ('image_score', 1), ('networks', 0), ('threshold_rule', 0), ('optimizers', 0)])
+@pytest.mark.parametrize('error', [
+    ValueError('a fault of the method'), RuntimeError('out of memory'), SystemExit(3),
+    GeneratorExit()])
 def test_an_error_in_fit_leaves_everything_as_it_was(hook, call, error):
     fresh, old = SMALL['AE'](epochs=4), SMALL['AE'](epochs=4).fit(images(10))
     s, state = old.decision_function(images(10)), global_state()
@@ -585,7 +599,9 @@ def test_saving_where_nothing_can_be_saved(file, fitted):
     assert os.listdir(file.parent) == [file.name]
 
 
-@pytest.mark.parametrize('value', [object(), np.zeros(3), {1, 2}, torch.nn.Linear(2, 2), lambda: 0, b'bytes', 1j, [object()], {'a': object()}, ((object(),),)])
+@pytest.mark.parametrize('value', [
+    object(), np.zeros(3), {1, 2}, torch.nn.Linear(2, 2), lambda: 0, b'bytes', 1j, [object()],
+    {'a': object()}, ((object(),),)])
 def test_what_cannot_be_saved_is_an_error_and_the_old_file_stays(file, value):
     before = file.read_bytes()
     d = SMALL['AE']().fit(images(12))
@@ -756,16 +772,32 @@ def in_tensors(f):
 
 WEIGHT = 'nets_.encoder.1.weight'
 FORGERIES = dict(
-    no_detector=in_head(detector=None), no_params=in_head(params=None), no_learned=in_head(learned=None), other_format=in_head(format='ad_course detector, format 1'),
-    unknown_class=in_head(detector='NoSuchDetector'), base_class=in_head(detector='Detector'), not_a_class=in_head(detector='to_json'),
-    params_no_json=in_head(params='{'), params_list=in_head(params='[1]'), params_number=in_head(params='3'), learned_list=in_head(learned='[]'), learned_text=in_head(learned='"a"'), deep=in_head(learned='[' * 100_000),
-    deep_value=in_head(learned='{"a_":' + '[' * 5000 + ']' * 5000 + '}'), unknown_parameter=in_json('params', no_such=1), init=in_json('params', self=1), wrong_type=in_json('params', code_dim='many'),
-    out_of_range=in_json('params', code_dim=-1), no_batches=in_json('params', batch_size=0), huge_network=in_json('params', code_dim=10**15), mangled=in_json('params', arch={'no': 1}), bad_seed=in_json('params', seed=2**80),
-    no_threshold=in_json('learned', threshold_=None), no_shape=in_json('learned', shape_=None), wrong_shape=in_json('learned', shape_={'tuple': [1, 5, 5]}), text_shape=in_json('learned', shape_='abc'),
-    negative_shape=in_json('learned', shape_={'tuple': [1, -6, 6]}), number_shape=in_json('learned', shape_=6), huge_shape=in_json('learned', shape_={'tuple': [1, 10**9, 10**9]}),
-    a_method=in_json('learned', score=3), a_magic_name=in_json('learned', __class__='AE'), a_parameter=in_json('learned', epochs=9), unhashable=in_json('learned', history_={'dict': [[[1], 2]]}),
-    weight_missing=in_tensors(lambda t: {k: v for k, v in t.items() if k != WEIGHT}), weight_renamed=in_tensors(lambda t: {k.replace('encoder', 'coder'): v for k, v in t.items()}),
-    weight_reshaped=in_tensors(lambda t: {**t, WEIGHT: t[WEIGHT].T.contiguous()}), weight_extra=in_tensors(lambda t: {**t, 'nets_.extra': torch.zeros(3)}), no_tensors=in_tensors(lambda t: {'a_': torch.zeros(1)}),
+    no_detector=in_head(detector=None), no_params=in_head(params=None),
+    no_learned=in_head(learned=None), other_format=in_head(format='ad_course detector, format 1'),
+    unknown_class=in_head(detector='NoSuchDetector'), base_class=in_head(detector='Detector'),
+    not_a_class=in_head(detector='to_json'), params_no_json=in_head(params='{'),
+    params_list=in_head(params='[1]'), params_number=in_head(params='3'),
+    learned_list=in_head(learned='[]'), learned_text=in_head(learned='"a"'),
+    deep=in_head(learned='[' * 100_000),
+    deep_value=in_head(learned='{"a_":' + '[' * 5000 + ']' * 5000 + '}'),
+    unknown_parameter=in_json('params', no_such=1), init=in_json('params', self=1),
+    wrong_type=in_json('params', code_dim='many'), out_of_range=in_json('params', code_dim=-1),
+    no_batches=in_json('params', batch_size=0), huge_network=in_json('params', code_dim=10**15),
+    mangled=in_json('params', arch={'no': 1}), bad_seed=in_json('params', seed=2**80),
+    no_threshold=in_json('learned', threshold_=None), no_shape=in_json('learned', shape_=None),
+    wrong_shape=in_json('learned', shape_={'tuple': [1, 5, 5]}),
+    text_shape=in_json('learned', shape_='abc'),
+    negative_shape=in_json('learned', shape_={'tuple': [1, -6, 6]}),
+    number_shape=in_json('learned', shape_=6),
+    huge_shape=in_json('learned', shape_={'tuple': [1, 10**9, 10**9]}),
+    a_method=in_json('learned', score=3), a_magic_name=in_json('learned', __class__='AE'),
+    a_parameter=in_json('learned', epochs=9),
+    unhashable=in_json('learned', history_={'dict': [[[1], 2]]}),
+    weight_missing=in_tensors(lambda t: {k: v for k, v in t.items() if k != WEIGHT}),
+    weight_renamed=in_tensors(lambda t: {k.replace('encoder', 'coder'): v for k, v in t.items()}),
+    weight_reshaped=in_tensors(lambda t: {**t, WEIGHT: t[WEIGHT].T.contiguous()}),
+    weight_extra=in_tensors(lambda t: {**t, 'nets_.extra': torch.zeros(3)}),
+    no_tensors=in_tensors(lambda t: {'a_': torch.zeros(1)}),
     tensor_over_method=in_tensors(lambda t: {**t, 'predict': torch.zeros(3)}))
 
 
@@ -1062,7 +1094,8 @@ def test_fit_equals_the_loop_by_hand():
             for name, value in (('reconstruction', error), ('decay', decay)): sums[name] += value.item() * len(xb)
         for name in history: history[name].append(sums[name] / 11)
     nets.eval()
-    for (name, p), q in zip(d.nets_.state_dict().items(), nets.state_dict().values()): torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6, msg=name)
+    for (name, p), q in zip(d.nets_.state_dict().items(), nets.state_dict().values()):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6, msg=name)
     assert set(d.history_) == {'reconstruction', 'decay', 'seconds'} and len(d.history_['seconds']) == 3
     for name in history: np.testing.assert_allclose(d.history_[name], history[name], rtol=1e-5)
     with torch.no_grad(): scores = (nets.decoder(nets.encoder(xs)) - xs).square().flatten(1).mean(1).numpy()
