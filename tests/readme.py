@@ -37,9 +37,9 @@ def flags_of(cell):
 
 
 def left_out(cell, flags):
-    """Whether a README does not show a cell. That which installs the course is for Colab only."""
+    """Whether a README does not show a cell."""
     hidden = flags.keys() & {'hide', 'default_exp'} or flags.get('include:') == 'false'
-    return bool(hidden) or cell.cell_type == 'raw' or '/content' in cell.source
+    return bool(hidden) or cell.cell_type == 'raw'
 
 
 def prepared(nb, folder):
