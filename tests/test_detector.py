@@ -415,7 +415,9 @@ EPOCHS_DONE = {('loss', 1): 0, ('loss', 3): 1, ('loss', 4): 1, ('loss', 6): 2, (
 
 @pytest.mark.parametrize('hook, call', EPOCHS_DONE)
 def test_interrupted_training_keeps_the_model_so_far(tmp_path, hook, call):
-    """Ten images in batches of four: three updates an epoch. At the end of an epoch the model is that of so many epochs."""
+    """Ten images in batches of four: three updates an epoch.
+
+    At the end of an epoch the model is that of so many epochs."""
     x, done = images(10), EPOCHS_DONE[hook, call]
     d = trap(SMALL['AE'](epochs=4), hook, call)
     with pytest.warns(UserWarning, match='interrupted'): assert d.fit(x) is d
@@ -425,7 +427,9 @@ def test_interrupted_training_keeps_the_model_so_far(tmp_path, hook, call):
     if (hook, call) not in {('loss', 1), ('loss', 4)}: same_model(d, so_far)
     else:
         assert d.history_.get('reconstruction') == so_far.history_.get('reconstruction')
-        assert any(not torch.equal(p, q) for p, q in zip(d.nets_.parameters(), so_far.nets_.parameters())), 'the update before the interruption is lost'
+        pairs = zip(d.nets_.parameters(), so_far.nets_.parameters())
+        moved = any(not torch.equal(p, q) for p, q in pairs)
+        assert moved, 'the update before the interruption is lost'
     same_model(free(d, hook).fit(x), SMALL['AE'](epochs=4).fit(x))
 
 
@@ -437,7 +441,8 @@ def test_interrupted_threshold_keeps_the_model(tmp_path, small, call):
     with pytest.warns(UserWarning, match='interrupted'): d.fit(x)
     usable(free(d, 'image_score'), x, tmp_path/'model')
     np.testing.assert_array_equal(d.decision_function(x), whole.decision_function(x))
-    assert d.threshold_ == pytest.approx(np.quantile(d.decision_function(x)[:4 * call or None], .95))
+    scored = d.decision_function(x)[:4 * call or None]
+    assert d.threshold_ == pytest.approx(np.quantile(scored, .95))
 
 
 def test_interrupted_twice(tmp_path):
@@ -455,7 +460,8 @@ def test_interrupted_threshold_of_a_labelled_method_needs_a_normal_image():
     assert d.threshold_ == make().fit(images(10), y).threshold_
 
 
-@pytest.mark.parametrize('hook', ['networks', 'optimizers', 'loss', 'learn', 'check_params', 'threshold_rule'])
+@pytest.mark.parametrize('hook', ['networks', 'optimizers', 'loss', 'learn', 'check_params',
+                                  'threshold_rule'])
 def test_interrupted_before_there_is_anything_to_keep(hook):
     """The interruption goes through, and the earlier model stays."""
     small = SMALL['PCA'] if hook == 'learn' else SMALL['AE']
@@ -493,9 +499,12 @@ class Signals(AE):
 
 def test_a_real_signal(tmp_path):
     """As Ctrl-C: through Python's signal handler, in this thread and from another."""
-    x, before = images(10), signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's background job is born deaf to it
+    x = images(10)
+    # a shell's background job is born deaf to it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with pytest.warns(UserWarning, match='interrupted'): d = Signals(epochs=9, batch_size=4, verbose=False).fit(x)
+        with pytest.warns(UserWarning, match='interrupted'):
+            d = Signals(epochs=9, batch_size=4, verbose=False).fit(x)
         assert len(d.history_['seconds']) == 2
         usable(d, x, tmp_path/'model')
         threading.Timer(.3, _thread.interrupt_main).start()
@@ -508,7 +517,8 @@ def test_a_real_signal(tmp_path):
 
 CHILD = """
 import signal, sys, time, warnings
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born deaf to it
+# a shell's background job is born deaf to it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import numpy as np
 from torch.utils.data import Dataset
 from ad_course.ae import AE
@@ -527,16 +537,20 @@ class Telling(AE):
 if __name__ == '__main__':
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
-        d = Telling(epochs=10**6, batch_size=8, width=2, code_dim=3, workers=2, verbose=False).fit(Images())
+        d = Telling(epochs=10**6, batch_size=8, width=2, code_dim=3, workers=2, verbose=False)
+        d.fit(Images())
     assert any('interrupted' in str(w.message) for w in caught), [str(w.message) for w in caught]
     d.save(sys.argv[1])
-    print(len(d.history_['seconds']), d.threshold_.hex(), d.decision_function(Images()).tobytes().hex(), flush=True)
+    scores = d.decision_function(Images()).tobytes()
+    print(len(d.history_['seconds']), d.threshold_.hex(), scores.hex(), flush=True)
 """
 
 
 def run_child(code, *args, **kw):
-    return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, 'PYTHONPATH': str(PACKAGE), 'PYTHONDONTWRITEBYTECODE': '1', 'CUDA_VISIBLE_DEVICES': ''}, **kw)
+    apart = {'PYTHONPATH': str(PACKAGE), 'PYTHONDONTWRITEBYTECODE': '1', 'CUDA_VISIBLE_DEVICES': ''}
+    return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, **apart}, **kw)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -544,7 +558,7 @@ class Telling(AE):
     """Stands for the class of the other process."""
 
 
-@pytest.mark.skipif(os.name != 'posix', reason='a signal to a group of processes is a thing of POSIX')
+@pytest.mark.skipif(os.name != 'posix', reason='a signal to a group of processes is of POSIX')
 def test_control_c_in_another_process_and_bit_equal_scores_in_this_one(tmp_path):
     """As a terminal sends it: to the process and to the workers that read its Dataset."""
     child = run_child(CHILD, tmp_path/'model', start_new_session=True)
@@ -592,7 +606,8 @@ def test_saving_is_all_or_nothing(file, monkeypatch, step, error):
 
 
 def test_saving_where_nothing_can_be_saved(file, fitted):
-    with pytest.raises(OSError, match='no_such_folder'): fitted['AE'].save(file.parent/'no_such_folder'/'model')
+    nowhere = file.parent/'no_such_folder'/'model'
+    with pytest.raises(OSError, match='no_such_folder'): fitted['AE'].save(nowhere)
     with pytest.raises(OSError): fitted['AE'].save(file/'model')
     with pytest.raises(OSError): fitted['AE'].save(file.parent)
     with pytest.raises(NotFittedError): AE().save(file)
@@ -619,11 +634,20 @@ def test_parameters_changed_after_fit_cannot_make_a_file_that_nobody_can_load(fi
     same_model(AE.load(file.with_name('other')), d)
     with refused(kinds=ValueError): d.set_params(code_dim=3).save(file)
     assert file.read_bytes() == before
-    np.testing.assert_array_equal(d.decision_function(images(12)), s), 'the networks are still those of fit'
+    np.testing.assert_array_equal(d.decision_function(images(12)), s)   # those of fit
 
 
-plain = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-                     lambda inner: st.lists(inner, max_size=3) | st.lists(inner, max_size=3).map(tuple) | st.dictionaries(st.text() | st.integers() | st.tuples(st.text(), st.integers()), inner, max_size=3), max_leaves=8)
+single = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+keys = st.text() | st.integers() | st.tuples(st.text(), st.integers())
+
+
+def groups(inner):
+    """Lists, tuples and dicts of these."""
+    lists = st.lists(inner, max_size=3)
+    return lists | lists.map(tuple) | st.dictionaries(keys, inner, max_size=3)
+
+
+plain = st.recursive(single, groups, max_leaves=8)
 
 
 @given(value=plain)
@@ -642,26 +666,33 @@ class Rich(AE):
     words: dict = field(default_factory=lambda: {'a': (1,), 2: [None, True, .1]})
 
     def after_epoch(self, data, epoch):
-        self.center_, self.count_, self.flags_ = torch.arange(3.), np.int64(7), torch.tensor([True, False])
+        self.center_, self.count_ = torch.arange(3.), np.int64(7)
+        self.flags_ = torch.tensor([True, False])
         self.notes_ = {'by epoch': (1, [2, (np.float32(.5),)]), 'nan': float('nan')}
-        self.nothing_, self.half_, self.scalar_ = torch.zeros(0, 3), torch.ones(2, dtype=torch.bfloat16), torch.tensor(2.5, dtype=torch.float64)
+        self.nothing_, self.half_ = torch.zeros(0, 3), torch.ones(2, dtype=torch.bfloat16)
+        self.scalar_ = torch.tensor(2.5, dtype=torch.float64)
 
 
 def test_everything_learned_survives(tmp_path):
     d = Rich(epochs=1, verbose=False, sizes=(4, (5, (6,)))).fit(images(8))
     d.save(tmp_path/'model')
     again = load(tmp_path/'model')
-    assert type(again) is Rich and repr(again.get_params()) == repr(d.get_params()) and again.sizes == (4, (5, (6,)))
-    assert again.words == {'a': (1,), 2: [None, True, .1]} and again.count_ == 7 and repr(again.notes_) == repr({'by epoch': (1, [2, (.5,)]), 'nan': float('nan')})
+    assert type(again) is Rich and again.sizes == (4, (5, (6,)))
+    assert repr(again.get_params()) == repr(d.get_params())
+    assert again.words == {'a': (1,), 2: [None, True, .1]} and again.count_ == 7
+    notes = {'by epoch': (1, [2, (.5,)]), 'nan': float('nan')}
+    assert repr(again.notes_) == repr(notes)
     for name in ('center_', 'flags_', 'nothing_', 'half_', 'scalar_'):
         a, b = getattr(again, name), getattr(d, name)
         assert torch.equal(a, b) and a.dtype == b.dtype
-    np.testing.assert_array_equal(again.decision_function(images(8)), d.decision_function(images(8)))
+    x = images(8)
+    np.testing.assert_array_equal(again.decision_function(x), d.decision_function(x))
 
 
 @each_detector
 def test_a_loaded_detector_lives_on_without_its_file(tmp_path, small):
-    train, x = images(12, 3, 18, 17), images(9, 3, 18, 17, seed=1)  # large enough for convolutions and the buffers of their normalizations
+    # large enough for convolutions and the buffers of their normalizations
+    train, x = images(12, 3, 18, 17), images(9, 3, 18, 17, seed=1)
     d = small().fit(train)
     d.save(tmp_path/'model')
     again = load(tmp_path/'model')
@@ -684,7 +715,9 @@ def not_loaded(path, kind=AE, match=''):
 def test_truncated_files(file):
     content = file.read_bytes()
     header = 8 + int.from_bytes(content[:8], 'little')
-    for n in sorted({0, 1, 7, 8, 9, header - 1, header, header + 1, len(content) - 1, *range(0, len(content), len(content) // 40)}):
+    some = range(0, len(content), len(content) // 40)
+    ends = 0, 1, 7, 8, 9, header - 1, header, header + 1, len(content) - 1
+    for n in sorted({*ends, *some}):
         file.write_bytes(content[:n])
         not_loaded(file)
     file.write_bytes(content + b'\0')
@@ -694,7 +727,8 @@ def test_truncated_files(file):
 
 
 @settings(max_examples=150)
-@given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), part=st.sampled_from(['length', 'header', 'body']))
+@given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7),
+       part=st.sampled_from(['length', 'header', 'body']))
 def test_flipped_bits(tmp_path_factory, fitted, where, bit, part):
     path = tmp_path_factory.getbasetemp()/'flipped'
     if not path.exists(): fitted['AE'].save(path)
@@ -716,8 +750,12 @@ class Bomb:
 def test_foreign_files_are_refused_and_nothing_executes(tmp_path):
     marker, path = tmp_path/'executed', tmp_path/'model'
     rng = np.random.default_rng(0)
-    for content in [b'', b'\0', b'\0' * 8, b'\0' * 100, b'{}', pickle.dumps(Bomb(marker)), pickle.dumps(Bomb(marker), 0), 'text, not tensors'.encode(), (2**40).to_bytes(8, 'little') + b'{}', (2).to_bytes(8, 'little') + b'{}',
-                    (1000).to_bytes(8, 'little') + b'[' * 1000, *(rng.bytes(n) for n in (1, 8, 9, 100, 5000))]:
+    size = lambda n: n.to_bytes(8, 'little')
+    pickles = [pickle.dumps(Bomb(marker), *protocol) for protocol in ((), (0,))]
+    short = [b'', b'\0', b'\0' * 8, b'\0' * 100, b'{}', b'text, not tensors']
+    sized = [size(2**40) + b'{}', size(2) + b'{}', size(1000) + b'[' * 1000]
+    noise = [rng.bytes(n) for n in (1, 8, 9, 100, 5000)]
+    for content in [*short, *pickles, *sized, *noise]:
         path.write_bytes(content)
         not_loaded(path)
     torch.save(dict(a=torch.zeros(3), bomb=Bomb(marker)), path)
@@ -811,7 +849,8 @@ def test_files_that_lie_are_refused(file, name):
 
 def test_a_file_of_another_class(file):
     for kind in (KNN, PCA, Rich):
-        with refused(kinds=ValueError, match=f'must hold a {kind.__name__}; got a AE'): kind.load(file)
+        why = f'must hold a {kind.__name__}; got a AE'
+        with refused(kinds=ValueError, match=why): kind.load(file)
     assert type(load(file)) is type(Detector.load(file)) is AE
 
 
@@ -825,7 +864,8 @@ def test_no_module_is_imported_by_a_file(file, tmp_path, monkeypatch):
         except ValueError as e: assert 'import' in str(e)
         else: assert detector_name == 'AE'
         forge(file, in_head(module='ad_course.ae', detector='AE'))
-    assert not (tmp_path/'imported').exists() and not {m for m in set(sys.modules) - before if 'evil' in m}
+    evil = {name for name in set(sys.modules) - before if 'evil' in name}
+    assert not (tmp_path/'imported').exists() and not evil
 
 
 def test_a_large_header_is_read_or_refused(file):
@@ -843,7 +883,7 @@ def test_a_file_with_settings_that_this_machine_lacks(tmp_path):
     with refused(kinds=ValueError): load(tmp_path/'model', device='no such device')
 
 
-# ---------------------------------------------------------------- a Dataset that does not fit in memory
+# ---------------------------------------------------------------- a Dataset too big for memory
 
 MEMORY = """
 import resource, sys
@@ -863,8 +903,12 @@ class MadeUp(Dataset):
 
 def peak():
     # Linux hands ru_maxrss of a large parent down to its child; VmHWM is this process alone
-    try: return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM')) / 1024
-    except (OSError, StopIteration): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / MIB
+    try:
+        lines = [line.split() for line in open('/proc/self/status')]
+        return next(int(words[1]) for words in lines if words[0] == 'VmHWM:') / 1024
+    except (OSError, StopIteration):
+        unit = 1 if sys.platform == 'darwin' else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB
 
 n, sizes = int(sys.argv[1]), dict(arch='mlp', width=1, code_dim=4, batch_size=20)
 ae = AE(epochs=1, verbose=False, **sizes)
@@ -882,12 +926,16 @@ print(disk - start, peak() - start, x.nbytes / MIB, len(scores), same)
 
 @pytest.mark.skipif(os.name == 'nt', reason='Windows has no resource.getrusage')
 def test_a_dataset_larger_than_the_memory_budget(capsys):
-    """Peak growth of the process, after a warm-up: below a budget that the images as an array exceed several times."""
+    """Peak growth of the process, after a warm-up.
+
+    Below a budget that the images as an array exceed several times."""
     n, budget = 4500, 64
     out, err = (child := run_child(MEMORY, n)).communicate(timeout=400)
     assert child.returncode == 0, err
     disk, array, total, scored, same = out.split()
-    with capsys.disabled(): print(f'\n  {n} images of 3x64x64, {float(total):.0f} MiB: as a Dataset the peak grew by {float(disk):.1f} MiB, as an array by {float(array):.0f} MiB (budget {budget} MiB)', end='')
+    grew = f'as a Dataset the peak grew by {float(disk):.1f}, as an array {float(array):.0f} MiB'
+    with capsys.disabled():
+        print(f'\n  {n} images, {float(total):.0f} MiB: {grew} (budget {budget} MiB)', end='')
     assert int(scored) == n and same == 'True'
     assert float(disk) < budget < float(total) / 3 and float(array) > 2 * budget
 
@@ -898,7 +946,8 @@ def test_a_dataset_and_an_array_give_the_same_model(small, workers):
     for x in (images(30, 3, 9, 8), (images(30, 1, 5, 5) * 255).astype('uint8')):
         a, b = small(workers=workers).fit(TensorDataset(torch.from_numpy(x))), small().fit(x)
         same_model(a, b)
-        np.testing.assert_array_equal(a.decision_function(TensorDataset(torch.from_numpy(x))), b.decision_function(x))
+        scores = a.decision_function(TensorDataset(torch.from_numpy(x)))
+        np.testing.assert_array_equal(scores, b.decision_function(x))
 
 
 class Counting(Items):
@@ -910,7 +959,8 @@ class Counting(Items):
 def test_a_dataset_is_read_a_batch_at_a_time():
     data = Counting(list(images(10)))
     d = SMALL['AE'](epochs=3).fit(data)
-    assert sorted(data.reads) == sorted([0] + 4 * list(range(10))), 'once for the shape, once an epoch, once for the threshold'
+    # once for the shape, once an epoch, once for the threshold
+    assert sorted(data.reads) == sorted([0] + 4 * list(range(10)))
     epochs = [data.reads[1 + 10 * i:11 + 10 * i] for i in range(4)]
     assert epochs[0] != epochs[1] != epochs[2] and epochs[3] == list(range(10))
     data.reads.clear()
@@ -921,7 +971,10 @@ def test_a_dataset_is_read_a_batch_at_a_time():
 # ---------------------------------------------------------------- the state of the world
 
 def everything():
-    return (*global_state(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled('cpu'), torch.get_default_device(), np.random.get_state()[2:], warnings.filters[:3], os.environ.get('TQDM_DISABLE'))
+    modes = (torch.is_inference_mode_enabled(), torch.is_autocast_enabled('cpu'),
+             torch.get_default_device())
+    others = np.random.get_state()[2:], warnings.filters[:3], os.environ.get('TQDM_DISABLE')
+    return *global_state(), *modes, *others
 
 
 @each_detector
@@ -941,11 +994,13 @@ def test_no_global_state_is_changed(small, tmp_path):
     unchanged(lambda: load(tmp_path/'model'), 'load')
     for workers in (0, 2):
         d.set_params(workers=workers)
-        unchanged(lambda: d.decision_function(Items(list(x))), f'scoring a Dataset, {workers} workers')
-        unchanged(lambda: d.fit(Items(list(x))), f'fitting a Dataset, {workers} workers')
+        items, which = Items(list(x)), f'a Dataset, {workers} workers'
+        unchanged(lambda: d.decision_function(items), f'scoring {which}')
+        unchanged(lambda: d.fit(items), f'fitting {which}')
     if type(d) is not KNN: unchanged(lambda: d.anomaly_map(x), 'map')
     unchanged(lambda: pytest.raises(ValueError, d.fit, x * 2), 'refused')
-    unchanged(lambda: pytest.raises(ValueError, trap(d, 'threshold_rule', 0, ValueError).fit, x), 'failed')
+    trapped = lambda: trap(d, 'threshold_rule', 0, ValueError)
+    unchanged(lambda: pytest.raises(ValueError, trapped().fit, x), 'failed')
 
 
 @each_detector
@@ -963,14 +1018,17 @@ def test_the_callers_modes_neither_matter_nor_change(small):
             assert everything() == before
         np.testing.assert_array_equal(again.decision_function(x), s)
         same_model(again.fit(x), d)
-    for mode in (torch.no_grad(), torch.inference_mode(), torch.autocast('cpu', torch.bfloat16)): under(mode)
+    autocast = torch.autocast('cpu', torch.bfloat16)
+    for mode in (torch.no_grad(), torch.inference_mode(), autocast): under(mode)
     torch.set_default_dtype(torch.float64)
     try: under(torch.enable_grad())
     finally: torch.set_default_dtype(torch.float32)
 
 
 def test_bfloat16_within_another_autocast():
-    """An outer autocast keeps a cache of the cast weights; training must not go on with those of the first batch."""
+    """An outer autocast keeps a cache of the cast weights.
+
+    Training must not go on with those of the first batch."""
     make = lambda: SMALL['AE'](epochs=20, precision='bfloat16', lr=.01)
     with torch.autocast('cpu', torch.bfloat16): d = make().fit(images(12))
     same_model(d, make().fit(images(12)))
@@ -996,17 +1054,23 @@ def test_autoencoder_against_numpy():
     np.testing.assert_allclose(d.encode(x), code, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(d.reconstruct(x), rebuilt.reshape(x.shape), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(d.decision_function(x), errors.mean(1), rtol=1e-4)
-    np.testing.assert_allclose(d.anomaly_map(x), errors.reshape(x.shape).sum(1), rtol=1e-3, atol=1e-6)
+    maps = errors.reshape(x.shape).sum(1)
+    np.testing.assert_allclose(d.anomaly_map(x), maps, rtol=1e-3, atol=1e-6)
     terms = d.loss(torch.from_numpy(x))
     assert terms['reconstruction'].item() == pytest.approx(errors.mean(), rel=1e-4)
-    decay = sum((p.detach().numpy().astype('float64')**2).sum() for p in d.nets_.parameters() if p.ndim > 1)
-    assert set(terms) == {'reconstruction', 'decay'} and terms['decay'].item() == pytest.approx(.01 * decay, rel=1e-5)
+    matrices = [p.detach().numpy().astype('float64') for p in d.nets_.parameters() if p.ndim > 1]
+    decay = sum((p**2).sum() for p in matrices)
+    assert set(terms) == {'reconstruction', 'decay'}
+    assert terms['decay'].item() == pytest.approx(.01 * decay, rel=1e-5)
     assert total_loss(terms, 7).item() == pytest.approx(errors.mean() + .01 * decay, rel=1e-5)
 
 
 def test_autoencoder_by_hand():
-    """Two pixels, one code, all weights 1, all biases 0: (1, 0) has the code relu(1) = 1 and comes back as sigmoid(1) twice."""
-    d = AE(epochs=0, code_dim=1, width=1, verbose=False, weight_decay=.5).fit(np.array([[[[1., 0.]]], [[[0., 0.]]]]))
+    """Two pixels, one code, all weights 1, all biases 0.
+
+    (1, 0) has the code relu(1) = 1 and comes back as sigmoid(1) twice."""
+    x = np.array([[[[1., 0.]]], [[[0., 0.]]]])
+    d = AE(epochs=0, code_dim=1, width=1, verbose=False, weight_decay=.5).fit(x)
     with torch.no_grad():
         for p in d.nets_.parameters(): p.fill_(1. if p.ndim > 1 else 0.)
     hidden = d.nets_.encoder[1].out_features
@@ -1014,13 +1078,15 @@ def test_autoencoder_by_hand():
     expected = ((1 - out)**2 + out**2) / 2
     assert d.decision_function(np.array([[[[1., 0.]]]]))[0] == pytest.approx(expected, rel=1e-6)
     assert d.decision_function(np.array([[[[0., 0.]]]]))[0] == pytest.approx(.25)
-    assert d.loss(torch.zeros(1, 1, 1, 2))['decay'].item() == pytest.approx(.5 * (2 * hidden + hidden + hidden + 2 * hidden))
+    decay = .5 * (2 * hidden + hidden + hidden + 2 * hidden)
+    assert d.loss(torch.zeros(1, 1, 1, 2))['decay'].item() == pytest.approx(decay)
 
 
 @pytest.mark.parametrize('arch', ['mlp', 'conv'])
 def test_gradient_of_the_loss_in_float64(arch):
     """torch.autograd against finite differences, for every weight of a tiny network."""
-    d = SMALL['AE'](arch=arch, width=1, code_dim=2, weight_decay=.1, epochs=0).fit(images(4, 1, 5, 6))
+    tiny = dict(width=1, code_dim=2, weight_decay=.1, epochs=0)
+    d = SMALL['AE'](arch=arch, **tiny).fit(images(4, 1, 5, 6))
     if arch == 'mlp':  # eight hidden units each way are enough, but every one must be alive
         with torch.no_grad():
             for name, p in d.nets_.named_parameters(): p.add_(.1) if name.endswith('bias') else p
@@ -1029,8 +1095,10 @@ def test_gradient_of_the_loss_in_float64(arch):
         def __init__(self): super().__init__(); self.nets = d.nets_
         def forward(self, xb): return total_loss(d.loss(xb), len(xb))
     total, xb = Total(), torch.from_numpy(images(4, 1, 5, 6, seed=3)).double()
-    names, weights = zip(*[(n, p.detach().clone().requires_grad_()) for n, p in total.named_parameters()])
-    assert torch.autograd.gradcheck(lambda *w: torch.func.functional_call(total, dict(zip(names, w)), (xb,)), weights)
+    names, weights = zip(*total.named_parameters())
+    weights = tuple(p.detach().clone().requires_grad_() for p in weights)
+    of = lambda *w: torch.func.functional_call(total, dict(zip(names, w)), (xb,))
+    assert torch.autograd.gradcheck(of, weights)
 
 
 def test_gradient_of_weight_decay():
@@ -1038,39 +1106,50 @@ def test_gradient_of_weight_decay():
     d = SMALL['AE'](arch='conv', weight_decay=.3, epochs=0).fit(images(4, 1, 9, 9))
     d.nets_.train()
     parameters = dict(d.nets_.named_parameters())
-    grads = torch.autograd.grad(d.loss(torch.from_numpy(images(4, 1, 9, 9)))['decay'], parameters.values(), allow_unused=True)
-    kinds = {name: type(d.nets_.get_submodule(name.rpartition('.')[0])).__name__ for name in parameters}
+    decay = d.loss(torch.from_numpy(images(4, 1, 9, 9)))['decay']
+    grads = torch.autograd.grad(decay, parameters.values(), allow_unused=True)
+    layer_of = lambda name: d.nets_.get_submodule(name.rpartition('.')[0])
+    kinds = {name: type(layer_of(name)).__name__ for name in parameters}
     seen = set()
     for (name, p), g in zip(parameters.items(), grads):
         if name.endswith('weight') and not kinds[name].startswith('BatchNorm'):
             torch.testing.assert_close(g, .6 * p.detach())
             seen.add(kinds[name])
         else: assert g is None
-    assert seen == {'Conv2d', 'Linear', 'ConvTranspose2d'} and any(k.startswith('BatchNorm') for k in kinds.values())
+    assert seen == {'Conv2d', 'Linear', 'ConvTranspose2d'}
+    assert any(k.startswith('BatchNorm') for k in kinds.values())
 
 
 def test_weight_decay_shrinks_weights_and_zero_is_no_term():
-    squares = lambda d: sum(float(p.detach().square().sum()) for p in d.nets_.parameters() if p.ndim > 1)
+    def squares(d):
+        return sum(float(p.detach().square().sum()) for p in d.nets_.parameters() if p.ndim > 1)
+
     a, b = (SMALL['AE'](epochs=30, weight_decay=w, lr=.01).fit(images(20)) for w in (0., .1))
-    assert squares(b) < squares(a) / 2 and 'decay' not in a.history_ and len(b.history_['decay']) == 30
+    assert squares(b) < squares(a) / 2
+    assert 'decay' not in a.history_ and len(b.history_['decay']) == 30
 
 
 def test_baselines_against_numpy():
     x, new = images(12, 3, 4, 5), images(5, 3, 4, 5, seed=1)
     rows, others = x.reshape(12, -1).astype('float64'), new.reshape(5, -1).astype('float64')
     mean = rows.mean(0)
-    np.testing.assert_allclose(SMALL['MeanImage']().fit(x).decision_function(new), ((others - mean)**2).mean(1), rtol=1e-4)
+    scores = lambda d: d.fit(x).decision_function(new)
+    from_mean = ((others - mean)**2).mean(1)
+    np.testing.assert_allclose(scores(SMALL['MeanImage']()), from_mean, rtol=1e-4)
     axes = np.linalg.svd(rows - mean)[2][:4]
     rest = others - mean - (others - mean) @ axes.T @ axes
-    np.testing.assert_allclose(SMALL['PCA'](components=4).fit(x).decision_function(new), (rest**2).mean(1), rtol=1e-3)
+    off_plane = (rest**2).mean(1)
+    np.testing.assert_allclose(scores(SMALL['PCA'](components=4)), off_plane, rtol=1e-3)
     away = np.sqrt(((others[:, None] - rows[None])**2).mean(2))               # (m, n)
-    np.testing.assert_allclose(SMALL['KNN'](k=3).fit(x).decision_function(new), np.sort(away, 1)[:, :3].mean(1), rtol=1e-4)
+    nearest = np.sort(away, 1)[:, :3].mean(1)
+    np.testing.assert_allclose(scores(SMALL['KNN'](k=3)), nearest, rtol=1e-4)
     among = np.sqrt(((rows[:, None] - rows[None])**2).mean(2))
     leave_one_out = np.sort(among, 1)[:, 1:4].mean(1)
-    assert SMALL['KNN'](k=3, contamination=.25).fit(x).threshold_ == pytest.approx(np.quantile(leave_one_out, .75), rel=1e-4)
+    threshold = SMALL['KNN'](k=3, contamination=.25).fit(x).threshold_
+    assert threshold == pytest.approx(np.quantile(leave_one_out, .75), rel=1e-4)
 
 
-# ---------------------------------------------------------------- the loop, thresholds, and what scikit-learn's users do
+# ---------------------------------------------------------------- loop, thresholds, scikit-learn
 
 def test_fit_equals_the_loop_by_hand():
     """The one training loop against the plain one: same weights, same history, same threshold."""
@@ -1079,7 +1158,8 @@ def test_fit_equals_the_loop_by_hand():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(d.seed)
         nets = torch.nn.ModuleDict(d.networks((1, 20, 20))).to(memory_format=torch.channels_last)
-    optimizer, order = torch.optim.Adam(nets.parameters(), lr=d.lr), torch.Generator().manual_seed(d.seed)
+    optimizer = torch.optim.Adam(nets.parameters(), lr=d.lr)
+    order = torch.Generator().manual_seed(d.seed)
     xs, history = torch.from_numpy(x), dict(reconstruction=[], decay=[])
     for _ in range(3):
         nets.train()
@@ -1091,14 +1171,17 @@ def test_fit_equals_the_loop_by_hand():
             optimizer.zero_grad()
             (error + decay).backward()
             optimizer.step()
-            for name, value in (('reconstruction', error), ('decay', decay)): sums[name] += value.item() * len(xb)
+            for name, value in (('reconstruction', error), ('decay', decay)):
+                sums[name] += value.item() * len(xb)
         for name in history: history[name].append(sums[name] / 11)
     nets.eval()
     for (name, p), q in zip(d.nets_.state_dict().items(), nets.state_dict().values()):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6, msg=name)
-    assert set(d.history_) == {'reconstruction', 'decay', 'seconds'} and len(d.history_['seconds']) == 3
+    assert set(d.history_) == {'reconstruction', 'decay', 'seconds'}
+    assert len(d.history_['seconds']) == 3
     for name in history: np.testing.assert_allclose(d.history_[name], history[name], rtol=1e-5)
-    with torch.no_grad(): scores = (nets.decoder(nets.encoder(xs)) - xs).square().flatten(1).mean(1).numpy()
+    with torch.no_grad(): rebuilt = nets.decoder(nets.encoder(xs))
+    scores = (rebuilt - xs).square().flatten(1).mean(1).numpy()
     np.testing.assert_allclose(d.decision_function(x), scores, rtol=1e-3)
     assert d.threshold_ == pytest.approx(np.quantile(scores, .95), rel=1e-3)
 
@@ -1108,13 +1191,17 @@ def test_a_loss_that_is_no_number_stops_the_training(value):
     class Explodes(AE):
         def loss(self, xb):
             factor = value if len(self.history_.get('seconds', [])) == 2 else 1.
-            return dict(reconstruction=self.errors(xb).mean(), penalty=factor * self.code(xb).square().mean(1))
+            penalty = factor * self.code(xb).square().mean(1)
+            return dict(reconstruction=self.errors(xb).mean(), penalty=penalty)
     d = Explodes(epochs=5, verbose=False)
     with refused(d, kinds=FloatingPointError, match="'penalty'.*epoch 3.*lr"): d.fit(images(9))
-    with refused(SMALL['AE'](lr=1e40), kinds=FloatingPointError): SMALL['AE'](lr=1e40, epochs=3).fit(images(9))
+    wild = SMALL['AE'](lr=1e40, epochs=3)
+    with refused(wild, kinds=FloatingPointError): wild.fit(images(9))
 
 
-@pytest.mark.parametrize('loss', [dict(), dict(a=0.), dict(a=None), [1], torch.zeros(()), None, dict(a=torch.zeros(4, 1)), dict(a=torch.zeros(3)), dict(a=torch.zeros(4, 4)), dict(a=np.zeros(4))])
+@pytest.mark.parametrize('loss', [
+    dict(), dict(a=0.), dict(a=None), [1], torch.zeros(()), None, dict(a=torch.zeros(4, 1)),
+    dict(a=torch.zeros(3)), dict(a=torch.zeros(4, 4)), dict(a=np.zeros(4))])
 def test_a_loss_of_the_wrong_form_is_named(loss):
     with refused(): total_loss(loss, 4)
     d = SMALL['AE']()
@@ -1128,7 +1215,9 @@ def test_total_loss_values():
     assert float(total_loss(dict(a=torch.tensor([4.])), 1)) == 4.
 
 
-@pytest.mark.parametrize('score', [lambda xb: torch.zeros(len(xb), 1), lambda xb: torch.zeros(len(xb) + 1), lambda xb: torch.zeros(())[None], lambda xb: torch.zeros(1, len(xb))])
+@pytest.mark.parametrize('score', [
+    lambda xb: torch.zeros(len(xb), 1), lambda xb: torch.zeros(len(xb) + 1),
+    lambda xb: torch.zeros(())[None], lambda xb: torch.zeros(1, len(xb))])
 def test_a_score_of_the_wrong_shape_is_an_error(score):
     d = SMALL['AE']()
     d.image_score = score
@@ -1145,7 +1234,8 @@ def test_a_score_that_is_no_number_is_an_error():
 def test_calibrate():
     d, x = SMALL['AE'](contamination=.2).fit(images(20)), images(15, seed=4)
     s = d.decision_function(x)
-    assert d.calibrate(x) is d and d.threshold_ == pytest.approx(np.quantile(s, .8)) and d.predict(x).sum() == 3
+    assert d.calibrate(x) is d and d.threshold_ == pytest.approx(np.quantile(s, .8))
+    assert d.predict(x).sum() == 3
     np.testing.assert_array_equal(d.decision_function(x), s)
     assert d.calibrate(Items(list(x))).threshold_ == pytest.approx(np.quantile(s, .8))
     assert d.calibrate(x[:1]).threshold_ == pytest.approx(s[0])
@@ -1166,7 +1256,8 @@ def test_threshold_rule(tmp_path):
     s = d.decision_function(images(20))
     assert type(d.threshold_) is float and d.threshold_ == pytest.approx(s.mean() + 2 * s.std())
     other = d.decision_function(images(9, seed=2))
-    assert d.calibrate(images(9, seed=2)).threshold_ == pytest.approx(other.mean() + 2 * other.std())
+    expected = other.mean() + 2 * other.std()
+    assert d.calibrate(images(9, seed=2)).threshold_ == pytest.approx(expected)
     d.save(tmp_path/'model')
     assert load(tmp_path/'model').threshold_ == d.threshold_
     d.threshold_rule = lambda scores: float('nan')
@@ -1176,17 +1267,20 @@ def test_threshold_rule(tmp_path):
     assert not d.fit(images(9)).predict(images(9)).any(), 'a rule may say that nothing is anomalous'
 
 
-@pytest.mark.parametrize('contamination, called', [(1e-300, 0), (1e-9, 1), (.05, 1), (.5, 10), (1 - 1e-9, 19), (np.nextafter(1, 0), 19)])
+@pytest.mark.parametrize('contamination, called', [
+    (1e-300, 0), (1e-9, 1), (.05, 1), (.5, 10), (1 - 1e-9, 19), (np.nextafter(1, 0), 19)])
 def test_extremes_of_contamination(contamination, called):
     d = SMALL['AE'](contamination=contamination).fit(images(20))
     s = d.decision_function(images(20))
-    assert s.min() <= d.threshold_ <= s.max() + 1e-6 and abs(int(d.predict(images(20)).sum()) - called) <= 1
+    assert s.min() <= d.threshold_ <= s.max() + 1e-6
+    assert abs(int(d.predict(images(20)).sum()) - called) <= 1
 
 
 def test_no_epochs_leave_the_networks_as_they_were_made():
     d = SMALL['AE'](epochs=0, seed=4).fit(images(9))
     with isolated(4): nets = torch.nn.ModuleDict(AE(code_dim=2, width=2).networks((1, 6, 6)))
-    assert all(torch.equal(p, q) for p, q in zip(d.nets_.parameters(), nets.parameters())) and d.history_ == {}
+    pairs = zip(d.nets_.parameters(), nets.parameters())
+    assert all(torch.equal(p, q) for p, q in pairs) and d.history_ == {}
     assert np.isfinite(d.threshold_) and len(d.predict(images(9))) == 9
 
 
@@ -1205,20 +1299,24 @@ def test_copies(small, tmp_path):
     x = images(9)
     d = small(contamination=.2).fit(x)
     joblib.dump(d, tmp_path/'joblib')
-    for again in (copy.deepcopy(d), pickle.loads(pickle.dumps(d)), joblib.load(tmp_path/'joblib'), copy.copy(d)):
+    pickled, dumped = pickle.loads(pickle.dumps(d)), joblib.load(tmp_path/'joblib')
+    for again in (copy.deepcopy(d), pickled, dumped, copy.copy(d)):
         assert again is not d and again.get_params() == d.get_params()
         same_model(again, d)
         np.testing.assert_array_equal(again.predict(x), d.predict(x))
     deep = copy.deepcopy(d)
     deep.fit(images(9, seed=3))
-    assert deep.threshold_ != d.threshold_ and not learned(clone(d)) and clone(d).get_params() == d.get_params()
+    assert deep.threshold_ != d.threshold_
+    assert not learned(clone(d)) and clone(d).get_params() == d.get_params()
     with pytest.raises(NotFittedError): clone(d).predict(x)
     same_model(clone(d).fit(x), d)
     same_model(pickle.loads(pickle.dumps(clone(d))).fit(x), d)
 
 
 def test_repr_shows_what_differs_from_the_defaults():
-    assert repr(AE(code_dim=3)) == repr(AE(code_dim=3, epochs=1, verbose=False).fit(images(4)).set_params(epochs=50, verbose=True)) == 'AE(code_dim=3)'
+    fitted = AE(code_dim=3, epochs=1, verbose=False).fit(images(4))
+    fitted.set_params(epochs=50, verbose=True)
+    assert repr(AE(code_dim=3)) == repr(fitted) == 'AE(code_dim=3)'
     assert eval(repr(SMALL['AE']())).get_params() == SMALL['AE']().get_params()
     with pytest.raises(TypeError): AE(3)
     with pytest.raises(TypeError): AE(no_such=3)
@@ -1237,12 +1335,16 @@ def test_set_params_after_fit():
 
 def test_bfloat16_on_the_cpu():
     task = digits(normal=3)
-    a, b = (AE(epochs=30, precision=p, verbose=False).fit(task.x_train) for p in ('float32', 'bfloat16'))
-    one, two = (auroc(task.y_test, d.decision_function(task.x_test)) for d in (a, b))
+    make = lambda precision: AE(epochs=30, precision=precision, verbose=False)
+    a, b = (make(precision).fit(task.x_train) for precision in ('float32', 'bfloat16'))
+    scores = [d.decision_function(task.x_test) for d in (a, b)]
+    one, two = (auroc(task.y_test, s) for s in scores)
     assert abs(one - two) < .02, (one, two)
-    assert b.decision_function(task.x_test).dtype == np.float32 and all(p.dtype == torch.float32 for p in b.nets_.parameters())
-    assert not np.array_equal(a.decision_function(task.x_test), b.decision_function(task.x_test)), 'bfloat16 changed nothing: was it used?'
-    assert b.history_['reconstruction'][-1] == pytest.approx(a.history_['reconstruction'][-1], rel=.05)
+    assert scores[1].dtype == np.float32
+    assert all(p.dtype == torch.float32 for p in b.nets_.parameters())
+    assert not np.array_equal(*scores), 'bfloat16 changed nothing: was it used?'
+    last = [d.history_['reconstruction'][-1] for d in (a, b)]
+    assert last[1] == pytest.approx(last[0], rel=.05)
 
 
 def test_progress_bar_only_where_wanted(capfd, monkeypatch):
@@ -1262,21 +1364,27 @@ def test_hooks_get_batches_that_are_theirs():
             terms = super().loss(xb.clone())
             xb.fill_(7.)
             return terms
-        def image_score(self, xb): return super().image_score(xb.clone()) + 0 * xb.fill_(7.).flatten(1).mean(1)
-    for x in (images(9), (images(9, 3) * 255).astype('uint8'), torch.from_numpy(images(9, 3)), torch.from_numpy(images(4, 3, 6, 6)).contiguous(memory_format=torch.channels_last)):
+        def image_score(self, xb):
+            return super().image_score(xb.clone()) + 0 * xb.fill_(7.).flatten(1).mean(1)
+    last = torch.from_numpy(images(4, 3, 6, 6)).contiguous(memory_format=torch.channels_last)
+    several = images(9), (images(9, 3) * 255).astype('uint8'), torch.from_numpy(images(9, 3)), last
+    for x in several:
         before = x.copy() if isinstance(x, np.ndarray) else x.clone()
         d = Scribbles(epochs=2, batch_size=4, verbose=False).fit(x)
         np.testing.assert_array_equal(d.decision_function(x), d.decision_function(before))
         np.testing.assert_array_equal(x, before)
         data = Items(list(x))
         d.decision_function(data)
-        np.testing.assert_array_equal(np.stack([np.asarray(a) for a in data.items]), np.asarray(before))
-    assert all(dtype == torch.float32 and shape[1:] in ((1, 6, 6), (3, 6, 6)) and low and high for dtype, shape, low, high in seen)
+        items = np.stack([np.asarray(a) for a in data.items])
+        np.testing.assert_array_equal(items, np.asarray(before))
+    assert all(low and high for _, _, low, high in seen)
+    assert {dtype for dtype, *_ in seen} == {torch.float32}
+    assert {shape[1:] for _, shape, *_ in seen} == {(1, 6, 6), (3, 6, 6)}
 
 
 def test_memory_does_not_copy_what_it_can_share():
     x = images(9)
-    assert np.shares_memory(Memory(x).x.numpy(), x) and np.shares_memory(Memory(torch.from_numpy(x)).x.numpy(), x)
+    for same in (x, torch.from_numpy(x)): assert np.shares_memory(Memory(same).x.numpy(), x)
     x8 = (x * 255).astype('uint8')
     assert np.shares_memory(Memory(x8).x.numpy(), x8), 'bytes stay bytes'
 
@@ -1288,7 +1396,8 @@ class RaisesInFit(AE):
 def test_broken_promises_are_readable():
     with pytest.raises(BrokenPromise) as caught: check_detector(RaisesInFit(epochs=1))
     lines = str(caught.value).splitlines()
-    assert re.fullmatch(r'RaisesInFit breaks \d+ of its promises:', lines[0]) and len(lines) - 1 == len(caught.value.broken) <= len(PROMISES)
+    assert re.fullmatch(r'RaisesInFit breaks \d+ of its promises:', lines[0])
+    assert len(lines) - 1 == len(caught.value.broken) <= len(PROMISES)
     assert all(re.match(r'  \w+: .{10,250}$', line) for line in lines[1:]), str(caught.value)
     assert 'index 3 is out of bounds' in str(caught.value) and 'IndexError' in str(caught.value)
     assert set(caught.value.broken) <= set(PROMISES) and 'fit_returns_self' in caught.value.broken
@@ -1298,6 +1407,8 @@ def test_after_epoch_can_end_a_run():
     @dataclass(kw_only=True, eq=False, repr=False)
     class Stops(AE):
         answer: object = True
-        def after_epoch(self, data, epoch): return self.answer if len(self.history_['reconstruction']) == 2 else None
+        def after_epoch(self, data, epoch):
+            return self.answer if epoch == 2 else None
     assert len(Stops(epochs=5, verbose=False).fit(images(8)).history_['reconstruction']) == 2
-    assert len(Stops(epochs=5, verbose=False, answer=1).fit(images(8)).history_['reconstruction']) == 5  # True alone, not whatever is true
+    other = Stops(epochs=5, verbose=False, answer=1).fit(images(8))   # true, but not True
+    assert len(other.history_['reconstruction']) == 5

@@ -81,7 +81,7 @@ def test_no_path_of_a_machine_in_any_file():
 
 # ---------------------------------------------------------------- lines and words
 # Files that are not yet as they must be. A list only gets shorter: what is mended must leave it.
-STILL_LONG = {'tests/test_detector.py'}
+STILL_LONG = set()
 STILL_OLD_WORDS = set()
 
 
