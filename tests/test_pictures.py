@@ -749,8 +749,6 @@ def test_a_notebook_is_in_the_style_by_the_import_and_its_figures_stay_shown():
 
 # --- every notebook that draws
 
-# These still choose a look of their own. The list only ever shrinks.
-UNSTYLED = set()
 OWN_PLANES = {'contour', 'contourf', 'tricontour', 'tricontourf', 'pcolor', 'pcolormesh',
               'get_cmap'}
 TEXT_CALLS = {'set_title', 'suptitle', 'set_xlabel', 'set_ylabel', 'text', 'annotate', 'set_xticks',
@@ -794,7 +792,6 @@ def unstyled(notebook):
 @pytest.mark.parametrize('notebook', notebooks(), ids=str)
 def test_every_notebook_is_in_the_style(notebook):
     faults = [*unstyled(notebook)]
-    if faults and notebook.path.stem in UNSTYLED: pytest.xfail(f'{len(faults)} places to mend')
     assert not faults, f'{notebook}:\n' + '\n'.join(faults)
 
 
