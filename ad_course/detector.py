@@ -7,7 +7,8 @@ __all__ = ['FORMAT', 'load', 'isolated', 'total_loss', 'is_number', 'to_json', '
            'read_file', 'known_detectors', 'Detector']
 
 # %% ../nbs/0_foundations/04_detector.ipynb #00000005
-import contextlib, hashlib, inspect, json, numbers, os, re, tempfile, textwrap, time, warnings
+import contextlib, hashlib, importlib, inspect, json, numbers, os, pkgutil, re, tempfile, textwrap
+import time, warnings
 from dataclasses import dataclass, fields
 from itertools import islice, takewhile
 from pathlib import Path
@@ -637,6 +638,28 @@ def _subclasses(cls):
     return found
 
 
+def _named(path, name, module):
+    """The class of that name and module, the newest if a cell was run twice; or a ValueError.
+
+    Modules of the course are imported for it, no others.
+    """
+    import ad_course   # here: the package is still being imported when this module is
+    ours = [f'ad_course.{m.name}' for m in pkgutil.iter_modules(ad_course.__path__)]
+    if module in ours:
+        try: importlib.import_module(module)
+        except ImportError as e:
+            raise ValueError(f'{path} holds a {name} of {module}, which cannot be imported '
+                             f'here: {e}') from None
+    known = [c for c in _subclasses(Detector) if c.__qualname__ == name]
+    if same := [c for c in known if c.__module__ == module]: return same[-1]
+    others = sorted({f'{c.__module__}.{name}' for c in known})
+    but = f'; other classes of that name: {", ".join(others)}' if others else ''
+    if module in ours: raise ValueError(f'{path} holds a {name}, unknown to this {module}{but}')
+    how = ('run the cell or script that defines it' if module == '__main__' else
+           f'import it first, from {module} import {name}')
+    raise ValueError(f'{path} holds a {name} of {module}: {how}{but}')
+
+
 def known_detectors():
     """Every public detector that has been imported, once: classes that learn and that score."""
     whole = {}
@@ -666,8 +689,11 @@ class _Files(_Fitting):
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
         plain = {k: to_json(v) for k, v in learned.items() if not torch.is_tensor(v)}
         params = {k: to_json(v) for k, v in self.get_params().items()}
-        head = dict(format=FORMAT, detector=type(self).__name__, module=type(self).__module__,
-                    params=json.dumps(params), learned=json.dumps(plain))
+        probe = None   # where noise has no score, or the device that is asked for is not here
+        with contextlib.suppress(FloatingPointError, ValueError): probe = self._probe()
+        head = dict(format=FORMAT, detector=type(self).__qualname__, module=type(self).__module__,
+                    params=json.dumps(params), learned=json.dumps(plain),
+                    probe=json.dumps(probe))
         head['digest'] = digest(head, tensors)
         write_atomically(path, to_safetensors(tensors, head))
 
@@ -676,20 +702,32 @@ class _Files(_Fitting):
         """A detector from a file that `save` wrote. Nothing in the file is executed.
 
         device: where the model goes; it need not be where it was trained.
-        Raises ValueError where the file is damaged, foreign, or of another class.
+        Raises ValueError where the file is damaged, foreign, or of another class, or where its
+        class now gives other scores.
         """
         head, tensors = read_file(path)
         name, module = head.get('detector'), head.get('module')
-        named = [c for c in _subclasses(Detector) if c.__name__ == name]
-        if not named:
-            raise ValueError(f'{path} holds a {name}: import it first, from {module} import {name}')
-        same = [c for c in named if c.__module__ == module] or named
-        found = cls if cls in named else same[-1]  # a cell run twice defines it twice
+        own = (cls.__qualname__, cls.__module__) == (name, module)   # a cell run twice: as asked
+        found = cls if own else _named(path, name, module)
         if not issubclass(found, cls):
-            raise ValueError(f'{path} must hold a {cls.__name__}; got a {found.__name__}')
-        try: return found._revive(head, tensors, device)
+            want = f'{name} of {cls.__module__}' if cls.__qualname__ == name else cls.__name__
+            raise ValueError(f'{path} must hold a {want}; got a {name} of {module}')
+        try:
+            self, then = found._revive(head, tensors, device), json.loads(head.get('probe', 'null'))
+            now = then and self._probe()
+            same = not then or np.allclose(then, now, rtol=1e-2, atol=1e-2 * abs(then[2]))
         except Exception as e:  # whatever a foreign header may provoke
             raise ValueError(f'{path} does not fit this version of {name}: {e}') from None
+        if same: return self
+        scores = lambda probe: ' and '.join(f'{v:.4g}' for v in probe[:2])
+        raise ValueError(f'{path} holds a {name} that gave two images the scores {scores(then)}; '
+                         f'the {name} that {module} has now gives {scores(now)}: it was changed '
+                         'since, or another of that name was saved')
+
+    def _probe(self):
+        """The scores of two fixed images of noise, and the threshold."""
+        noise = np.random.default_rng(0).random((2, *self.shape_), dtype='float32')
+        return [*map(float, self.decision_function(noise)), float(self.threshold_)]
 
     @classmethod
     def _revive(cls, head, tensors, device):
