@@ -3,9 +3,9 @@
   python -m tests.execute [nbs/1_autoencoders/11_ae.ipynb ...]
 
 Without a name, all notebooks in order. Cells that nbdev_test leaves out (notest, slow, cuda, eval:
-false) keep the outputs they have. Pictures are kept with a palette of 256 colors, at less than half
-the size. A notebook is written only when all its cells have passed, and in one step: one that fails
-stays as it was."""
+false) keep the outputs they have; AD_COURSE_RUN=slow runs those of that flag too. Pictures are kept
+with a palette of 256 colors, at less than half the size. A notebook is written only when all its
+cells have passed, and in one step: one that fails stays as it was."""
 import base64
 import io
 import os
@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from . import sync
-from .project import QUIET, ROOT, Cell, environment, notebook_paths
+from .project import QUIET, ROOT, SMOKE_FLAGS, Cell, environment, notebook_paths
 
 
 def small(png):
@@ -35,10 +35,12 @@ def execute(path, limit=1800):
     It replaces the file when all went well."""
     import nbformat
     from nbclient import NotebookClient
+    asked = os.environ.get('AD_COURSE_RUN', '').replace(',', ' ').split()
+    left_out = {'notest', *SMOKE_FLAGS} - {*asked}
 
     class Client(NotebookClient):
         async def async_execute_cell(self, cell, cell_index, **kwargs):
-            if not Cell(cell_index, cell).runs(): return cell
+            if not Cell(cell_index, cell).runs(left_out): return cell
             return await super().async_execute_cell(cell, cell_index, **kwargs)
 
     nb = nbformat.read(path, as_version=4)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from .project import (ROOT, SMOKE_FLAGS, Cell, Notebook, environment, notebooks, settings,
+from .project import (ROOT, Cell, Notebook, environment, notebooks, settings,
                       write_notebook)
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -52,14 +52,12 @@ def free_port():
         return s.getsockname()[1]
 
 
-def drop_cells_for_a_gpu(folder):
-    """Takes `#| cuda` and `#| slow` cells out of the copies.
-
-    test_smoke runs them, and here they would run at full size."""
+def drop_untested_cells(folder):
+    """Takes `#| notest` cells out of the copies; slow ones, and those for a GPU, pass by."""
     for path in folder.rglob('*.ipynb'):
         raw = json.loads(path.read_text(encoding='utf8'))
         cells = Notebook(path, folder).cells
-        raw['cells'] = [c.raw for c in cells if not c.flags.keys() & {'notest', *SMOKE_FLAGS}]
+        raw['cells'] = [c.raw for c in cells if 'notest' not in c.flags]
         path.write_text(json.dumps(raw), encoding='utf8')
 
 
@@ -74,7 +72,7 @@ def lab(tmp_path_factory):
     served, port, nbs = home/'course', free_port(), settings()['nbs_path']
     left_out = shutil.ignore_patterns('.ipynb_checkpoints', '.last_checked')
     shutil.copytree(ROOT/nbs, served/nbs, ignore=left_out)
-    drop_cells_for_a_gpu(served)
+    drop_untested_cells(served)
     imports = 'import ipywidgets as w'
     write_notebook(served/'bad.ipynb', '1/0', 'x = 1')
     write_notebook(served/'deaf.ipynb', imports,
@@ -86,8 +84,8 @@ def lab(tmp_path_factory):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(value), encoding='utf8')
     # As on a student's machine: live widgets, the inline backend, no smoke; the threads stay few.
-    env = environment(AD_COURSE_STATIC=None, AD_COURSE_SMOKE=None, MPLBACKEND=None,
-                      TQDM_DISABLE=None, IN_TEST=None)
+    env = environment(AD_COURSE_STATIC=None, AD_COURSE_SMOKE=None, AD_COURSE_RUN=None,
+                      MPLBACKEND=None, TQDM_DISABLE=None, IN_TEST=None, CUDA_VISIBLE_DEVICES='')
     args = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root',
             '--ip=127.0.0.1', f'--port={port}', '--expose-app-in-browser',
             '--IdentityProvider.token=', f'--ServerApp.root_dir={served}',

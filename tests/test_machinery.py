@@ -188,7 +188,8 @@ def test_only_what_a_notebook_concerns():
 
 
 # ---------------------------------------------------------------- make notebooks
-def test_executing_keeps_outputs_of_cells_left_out(tmp_path):
+def test_executing_keeps_outputs_of_cells_left_out(tmp_path, monkeypatch):
+    monkeypatch.delenv('AD_COURSE_RUN', raising=False)
     path = write_notebook(tmp_path/'a.ipynb', 'print("new")', '#| cuda\nprint("on a GPU")',
                           '#| eval: false\n1/0', 'import os; print(os.getcwd())')
     raw = json.loads(path.read_text(encoding='utf8'))
@@ -199,6 +200,15 @@ def test_executing_keeps_outputs_of_cells_left_out(tmp_path):
     outputs = [[''.join(o['text']).strip() for o in c.outputs] for c in new.cells]
     assert outputs[:3] == [['new'], ['on a GPU'], []] and os.path.samefile(outputs[3][0], tmp_path)
     assert 'widgets' not in new.raw['metadata'] and os.listdir(tmp_path) == ['a.ipynb']
+
+
+def test_executing_runs_the_slow_cells_that_are_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv('AD_COURSE_RUN', 'slow')
+    cells = '#| slow\nprint("slow")', '#| cuda\nprint("cuda")', '#| slow\n#| notest\nprint(1)'
+    path = write_notebook(tmp_path/'a.ipynb', *cells)
+    execute.execute(path)
+    ran = [bool(c.outputs) for c in Notebook(path, tmp_path).cells]
+    assert ran == [True, False, False]
 
 
 def test_a_notebook_that_fails_stays_as_it_was(tmp_path):

@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from .project import QUIET, ROOT, environment, write_notebook
-from .smoke import SHRUNK
+from ad_course import datasets
+from .project import QUIET, ROOT, environment, notebooks, write_notebook
+from .smoke import SHRUNK, names
 
 
 def smoke(path):
@@ -47,3 +49,137 @@ def test_no_gpu_is_visible_to_the_runner(tmp_path):
     looks = '#| cuda\nassert not torch.cuda.is_available()'
     code, result = smoke(write_notebook(tmp_path/'a.ipynb', 'import torch', looks))
     assert code == 0, result
+
+
+# ---------------------------------------------------------------- Run All
+@pytest.fixture
+def unasked(monkeypatch):
+    """A student's environment without a GPU, in which nothing has been asked for."""
+    for name in ('AD_COURSE_RUN', 'AD_COURSE_SMOKE'): monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    return monkeypatch
+
+
+def run_all(*sources, teach=datasets._teach):
+    """What the cells print, in a shell that has imported the course, and the error of one."""
+    from execnb.shell import CaptureShell
+    shell, said = CaptureShell(), []
+    teach(shell)
+    for source in ('from ad_course.datasets import when_asked', *sources):
+        outputs = shell.run(source)
+        said.append(''.join(t for o in outputs if 'text' in o for t in o['text']))
+    return said[1:], shell.exc
+
+
+CELL = "#| {0}\n# why it is long\nwhen_asked('{0}')\nx = 1\nprint('ran')"
+
+
+@pytest.mark.parametrize('flag', ['slow', 'cuda'])
+def test_run_all_passes_over_what_nobody_asked_for(unasked, flag):
+    (said, after), error = run_all(CELL.format(flag), "print('on', 'x' in globals())")
+    assert error is None and after == 'on False\n', 'the cells below are still to run'
+    assert said.count('\n') == 1 and f'%env AD_COURSE_RUN={flag} ' in said and 'ran' not in said
+
+
+@pytest.mark.parametrize('asked, ran', [
+    ('slow', ['slow']), ('cuda', ['cuda']), ('slow cuda', ['slow', 'cuda']),
+    ('cuda,slow', ['slow', 'cuda']), ('', [])])
+def test_a_student_asks_in_a_cell_or_in_the_environment(unasked, asked, ran):
+    cells = [CELL.format(flag) for flag in ('slow', 'cuda')]
+    unasked.setenv('AD_COURSE_RUN', asked)
+    outside, _ = run_all(*cells)
+    unasked.setenv('AD_COURSE_RUN', '')
+    (_, *inside), _ = run_all(f'%env AD_COURSE_RUN={asked or None}' if asked else 'pass', *cells)
+    assert outside == inside
+    assert [f for f, s in zip(('slow', 'cuda'), inside) if s == 'ran\n'] == ran
+
+
+def test_a_gpu_asks_for_its_cells_and_a_shrunk_run_for_all(unasked):
+    cells = [CELL.format(flag) for flag in ('slow', 'cuda')]
+    unasked.setattr(torch.cuda, 'is_available', lambda: True)
+    assert [s == 'ran\n' for s in run_all(*cells)[0]] == [False, True]
+    unasked.setattr(torch.cuda, 'is_available', lambda: False)
+    unasked.setenv('AD_COURSE_SMOKE', '1')
+    assert run_all(*cells)[0] == ['ran\n', 'ran\n']
+
+
+def test_a_second_wish_keeps_the_first(unasked):
+    unasked.setenv('AD_COURSE_RUN', 'cuda')
+    assert 'AD_COURSE_RUN=cuda slow ' in run_all(CELL.format('slow'))[0][0]
+
+
+@pytest.mark.parametrize('variable, flag, what', [
+    ('slwo', 'slow', 'AD_COURSE_RUN must be .*got slwo'), ('', 'fast', 'flag must be .*got fast')])
+def test_a_misspelled_wish_is_an_error(unasked, variable, flag, what):
+    unasked.setenv('AD_COURSE_RUN', variable)
+    (said,), error = run_all(CELL.format(flag))
+    with pytest.raises(ValueError, match=what): raise error
+    assert 'ran' not in said.splitlines()
+
+
+def test_other_cells_and_programs_are_left_alone(unasked):
+    cells = "print(1)", "def f():\n    when_asked('slow')\n    print(2)\nf()", '#| slow\nprint(3)'
+    assert run_all(*cells)[0] == ['1\n', '2\n', '3\n']
+    assert run_all(CELL.format('slow'), teach=lambda shell: None)[0] == ['ran\n']
+    datasets._teach(None)
+
+
+def test_a_shell_is_taught_once():
+    from execnb.shell import CaptureShell
+    shell = CaptureShell()
+    before = len(shell.ast_transformers)
+    for _ in range(3): datasets._teach(shell)
+    assert len(shell.ast_transformers) == before + 1
+
+
+def test_in_a_kernel_importing_the_course_is_enough(unasked, tmp_path):
+    import nbformat
+    from nbclient import NotebookClient
+    path = write_notebook(tmp_path/'a.ipynb', 'from ad_course.datasets import when_asked',
+                          CELL.format('slow'), "print('after')")
+    nb = nbformat.read(path, as_version=4)
+    NotebookClient(nb, timeout=120, kernel_name='python3').execute(
+        env=environment(**QUIET, AD_COURSE_RUN=None, AD_COURSE_SMOKE=None, CUDA_VISIBLE_DEVICES=''))
+    passed_over, after = (''.join(o['text'] for o in c.outputs) for c in nb.cells[1:])
+    assert 'Passed over' in passed_over and 'ran' not in passed_over and after == 'after\n'
+
+
+each_notebook = pytest.mark.parametrize('notebook', notebooks(), ids=str)
+
+
+@each_notebook
+def test_cells_with_a_flag_wait_until_they_are_asked(notebook):
+    for cell in notebook.code_cells:
+        flag = next((f for f in ('cuda', 'slow') if f in cell.flags), None)
+        first = cell.code.strip().partition('\n')[0]
+        asks = first if first.startswith('when_asked(') else None
+        assert asks == (flag and f"when_asked('{flag}')"), \
+            f'{notebook}, {cell}: below `#| {flag}` comes `when_asked({flag!r})`, and only there'
+
+
+def of_the_other(cells):
+    """The names that a flagged cell reads, and that only cells with the other flag set."""
+    have, by, found = set(), dict(slow=set(), cuda=set()), {}
+    for cell in cells:
+        sets, reads = names(cell.tree)
+        flag = next((f for f in by if f in cell.flags), None)
+        if flag is None and cell.evaluated: have |= sets
+        if flag is None: continue
+        lacks = (reads - sets - have - by[flag]) & (by['slow'] | by['cuda'])
+        if lacks: found[cell.index] = lacks
+        by[flag] |= sets
+    return found
+
+
+@each_notebook
+def test_slow_cells_and_cells_for_a_gpu_do_not_need_each_other(notebook):
+    """On a machine with a GPU the one kind runs and the other is passed over."""
+    found = of_the_other(notebook.code_cells)
+    assert not found, f'{notebook}: set in a cell without a flag what several need: {found}'
+
+
+def test_what_only_the_other_kind_sets_is_seen(tmp_path):
+    from .project import Notebook
+    cells = 'a = 1', '#| slow\nb = a', '#| slow\nc = b', '#| cuda\nd = a + c', '#| slow\nd'
+    nb = Notebook(write_notebook(tmp_path/'a.ipynb', *cells), tmp_path)
+    assert of_the_other(nb.code_cells) == {3: {'c'}, 4: {'d'}}
