@@ -93,6 +93,20 @@ def own_imports(tree, lib=None):
     return found
 
 
+def raw_notebook(path, name=None):
+    """The JSON of a notebook; ValueError that names the file, and the line, where it is none."""
+    what, data = f'{name or path} is not a notebook', Path(path).read_bytes()
+    if found := re.search(rb'^(<{7}|>{7}) ', data, re.M):
+        line = data.count(b'\n', 0, found.start()) + 1
+        raise ValueError(f'{what}: git left a merge conflict in it, line {line}; take one side, '
+                         f'as by git checkout --ours or --theirs, and edit that')
+    try: raw = json.loads(data.decode('utf8'))
+    except ValueError as e: raise ValueError(f'{what}: {e}') from e
+    if not isinstance(raw, dict) or not isinstance(raw.get('cells'), list):
+        raise ValueError(f'{what}: it is JSON without a list of cells')
+    return raw
+
+
 class Cell:
     """One cell: its index, kind, source, outputs and nbdev flags."""
     def __init__(self, index, raw):
@@ -142,9 +156,7 @@ class Notebook:
     """A notebook as it lies on disk."""
     def __init__(self, path, root=ROOT):
         self.path, self.root = Path(path), root
-        try: self.raw = json.loads(self.path.read_text(encoding='utf8'))
-        except json.JSONDecodeError as e:
-            raise ValueError(f'{self.path} is not a notebook: {e}') from e
+        self.raw = raw_notebook(self.path)
         self.cells = [Cell(i, c) for i, c in enumerate(self.raw['cells'])]
 
     def __repr__(self): return self.name

@@ -3,7 +3,6 @@
   python -m tests.sync           clean the notebooks, export the modules, make the README
   python -m tests.sync --check   only look, at a copy, and name the files that differ"""
 import difflib
-import json
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from . import readme
-from .project import ROOT, command, environment, notebook_paths, settings
+from .project import ROOT, command, environment, notebook_paths, raw_notebook, settings
 
 ADVICE = 'run `make sync`, or nbdev_clean && nbdev_export && python -m tests.readme'
 
@@ -26,8 +25,18 @@ def copy_project(target, root=ROOT):
     return target
 
 
+def check_notebooks(root):
+    """ValueError that names every file which is no notebook, before any is touched."""
+    wrong = []
+    for path in notebook_paths(root):
+        try: raw_notebook(path, path.relative_to(root).as_posix())
+        except ValueError as e: wrong.append(str(e))
+    if wrong: raise ValueError('\n'.join(wrong))
+
+
 def run_nbdev(root):
     """nbdev_clean, then nbdev_export: the first gives a cell the id that the second writes down."""
+    check_notebooks(root)
     quiet = dict(PYTHONUTF8='1', PYTHONWARNINGS='ignore::DeprecationWarning')
     env = environment(**quiet, IN_TEST=None)
     for name in ('nbdev_clean', 'nbdev_export'):
@@ -57,7 +66,7 @@ def differences(root=ROOT):
     """The files that nbdev or the README's maker would change, each with a few lines of why."""
     if not notebook_paths(root):
         raise RuntimeError(f'no notebook in {root/settings(root)["nbs_path"]}')
-    for path in notebook_paths(root): json.loads(path.read_text(encoding='utf8'))
+    check_notebooks(root)
     with tempfile.TemporaryDirectory() as folder:
         copy = copy_project(Path(folder), root)
         run_nbdev(copy)
@@ -92,4 +101,6 @@ def main(arguments):
     print('Cleaned, exported, README made.')
 
 
-if __name__ == '__main__': main(sys.argv[1:])
+if __name__ == '__main__':
+    try: main(sys.argv[1:])
+    except (RuntimeError, ValueError) as e: sys.exit(str(e))

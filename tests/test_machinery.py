@@ -73,9 +73,24 @@ def test_line_ends_of_windows_are_no_difference(project):
     assert sync.differences(project) == {}
 
 
-def test_a_damaged_notebook_is_an_error(project):
-    (project/'nbs'/'02_bad.ipynb').write_text('{"cells": [', encoding='utf8')
-    with pytest.raises(ValueError): sync.differences(project)
+CONFLICT = '{\n<<<<<<< HEAD\n "cells": []\n=======\n "cells": [1]\n>>>>>>> other\n}\n'
+
+
+@pytest.mark.parametrize('text, why', [
+    (CONFLICT, 'merge conflict in it, line 2'), (CONFLICT.replace('\n', '\r\n'), 'line 2'),
+    ('{"cells": [', 'Expecting value'), ('', 'Expecting value'), ('[]', 'without a list of cells'),
+    ('{"a": 1}', 'without a list of cells'), (b'{"cells": "\xff"}', 'codec')])
+def test_a_damaged_notebook_is_named_and_nothing_is_touched(project, text, why):
+    """Wherever notebooks are read: two damaged ones are both named."""
+    bad = [project/'nbs'/f'0{i}_bad.ipynb' for i in (2, 3)]
+    for path in bad: path.write_bytes(text if isinstance(text, bytes) else text.encode('utf8'))
+    before = digests(project)
+    for read in sync.differences, sync.run_nbdev, jobs.sync:
+        with pytest.raises(ValueError, match=rf'nbs/02_bad.ipynb is .*{why}') as said:
+            read(project)
+        assert 'nbs/03_bad.ipynb is not a notebook' in str(said.value)
+    with pytest.raises(ValueError, match=rf'02_bad.ipynb is .*{why}'): Notebook(bad[0], project)
+    assert digests(project) == before
 
 
 def test_sync_without_notebooks_has_failed(project):
