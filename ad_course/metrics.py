@@ -8,7 +8,9 @@ __all__ = ['check_scores', 'auroc', 'average_precision', 'f1', 'oracle_f1', 'boo
 
 # %% ../nbs/0_foundations/02_metrics.ipynb #00000005
 import numbers
+import warnings
 import numpy as np
+from scipy import stats
 from scipy.ndimage import label
 from scipy.spatial.distance import cdist
 from sklearn.metrics import auc, average_precision_score, roc_auc_score
@@ -88,11 +90,11 @@ def oracle_f1(y, scores):
 
 # %% ../nbs/0_foundations/02_metrics.ipynb #00000051
 def bootstrap(metric, y, scores, n=1000, level=0.95, seed=0):
-    """Percentile interval (low, high) of metric(y, scores) over n resamples of the images.
+    """BCa interval (low, high) of metric(y, scores) over n resamples of the images.
 
-    Stratified (Efron, 1979): says how much the number would vary with other test images, not
-    with another training seed. y: (n,) of 0 and 1. scores: (n,), or (n, k) where the metric
-    takes that. Own random numbers: the same seed gives the same interval.
+    Stratified (Efron, 1987): says how much the number would vary with other test images, not
+    with another training seed. y: (n,) of 0 and 1, two of each at least. scores: (n,), or (n, k)
+    where the metric takes that. Own random numbers: the same seed gives the same interval.
     """
     if not (_is_number(level) and 0 < level < 1):
         raise ValueError(f'level must be a number above 0 and below 1; got {level}')
@@ -102,12 +104,21 @@ def bootstrap(metric, y, scores, n=1000, level=0.95, seed=0):
     if len(y) != len(scores):
         raise ValueError(f'y and scores must have one entry an image; got {len(y)}, {len(scores)}')
     check_scores(y, np.zeros(len(y)))
-    groups, rng = [np.flatnonzero(y == v) for v in (0, 1)], np.random.default_rng(seed)
-    values = np.empty(n)
-    for i in range(n):
-        pick = np.concatenate([rng.choice(g, len(g)) for g in groups])
-        values[i] = metric(y[pick], scores[pick])
-    return tuple(np.quantile(values, [(1 - level) / 2, (1 + level) / 2]).tolist())
+    groups = [np.flatnonzero(y == v) for v in (0, 1)]
+    if (least := min(map(len, groups))) < 2:
+        raise ValueError(f'y must have two images of each kind at least; got {least} of one')
+    def of(normal, anomalies):
+        pick = np.concatenate([normal, anomalies]).astype(int)
+        return metric(y[pick], scores[pick])
+    with warnings.catch_warnings():   # NaN, and a warning, where all resamples give the same
+        warnings.simplefilter('ignore')
+        found = stats.bootstrap(groups, of, n_resamples=int(n), vectorized=False,
+                                confidence_level=level,
+                                random_state=np.random.default_rng(seed))
+    interval = found.confidence_interval
+    if np.isfinite(interval).all(): return float(interval.low), float(interval.high)
+    ends = (1 - level) / 2, (1 + level) / 2
+    return tuple(np.quantile(found.bootstrap_distribution, ends).tolist())
 
 # %% ../nbs/0_foundations/02_metrics.ipynb #00000059
 def check_maps(masks, maps):

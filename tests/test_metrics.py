@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from scipy.ndimage import label
 from scipy.stats import energy_distance as scipy_energy
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
@@ -132,7 +133,7 @@ def test_threshold_of_any_numeric_type():
 
 
 def test_tensors_bools_and_input_left_alone():
-    y, s = torch.tensor([False, True, True]), torch.tensor([.1, .2, .05])
+    y, s = torch.tensor([False, False, True, True]), torch.tensor([.1, .1, .2, .05])
     before = s.clone()
     assert auroc(y, s) == .5 and bootstrap(auroc, y, s, n=5) and torch.equal(s, before)
     for value in (auroc(y, s), average_precision(y, s), f1(y, s, .1)): assert type(value) is float
@@ -151,7 +152,10 @@ def test_bootstrap_is_stratified_seeded_and_leaves_global_state_alone():
     shares = []
     before = np.random.get_state()[1].copy()
     bootstrap(lambda y, s: shares.append(y.sum()) or 0., y, s, n=20)
-    assert set(shares) == {5} and (np.random.get_state()[1] == before).all()
+    left_out = 35   # the acceleration leaves out each image once
+    drawn = [share for share in shares if share == 5]
+    assert len(shares) == 20 + 1 + left_out and len(drawn) == 20 + 1 + 30
+    assert (np.random.get_state()[1] == before).all()
     s = np.random.default_rng(0).normal(size=35)
     one, again, other = (bootstrap(auroc, y, s, n=40, seed=seed) for seed in (3, 3, 4))
     assert one == again != other
@@ -169,6 +173,35 @@ def test_bootstrap_covers():
     assert .83 < np.mean(inside) < .96
     narrow, wide = (bootstrap(mean, y, s, level=v) for v in (.5, .99))
     assert wide[0] < narrow[0] < narrow[1] < wide[1]
+
+
+def test_bootstrap_is_scipys_and_corrects_what_percentiles_do_not():
+    """Normal scores and anomalies drawn so that the AUROC is .98 in theory, 25 of each."""
+    rng, missed = np.random.default_rng(1), dict(bca=0, percentile=0)
+    y, shift, n = np.repeat([0, 1], 25), np.sqrt(2) * stats.norm.ppf(.98), 150
+    for i in range(n):
+        s = rng.normal(size=50) + shift * y
+        low, high = bootstrap(wins, y, s, n=99, level=.8, seed=i)
+        plain = [wins(y, s[pick]) for pick in (drawn(rng) for _ in range(99))]
+        missed['bca'] += not low <= .98 <= high
+        missed['percentile'] += not np.quantile(plain, .1) <= .98 <= np.quantile(plain, .9)
+    assert missed['bca'] < missed['percentile'] and abs(missed['bca'] / n - .2) < .1, missed
+
+
+def wins(y, s):
+    """The AUROC, in the fewest steps."""
+    return (s[y == 1][:, None] > s[y == 0]).mean()
+
+
+def drawn(rng):
+    """Positions of 25 normal images and 25 anomalies, with replacement."""
+    return np.concatenate([rng.integers(0, 25, 25), rng.integers(25, 50, 25)])
+
+
+def test_bootstrap_of_a_perfect_ranking_is_a_point():
+    assert bootstrap(auroc, [0, 0, 1, 1], [.1, .2, .8, .9], n=20) == (1, 1)
+    with pytest.raises(ValueError, match='two images of each kind.*got 1'):
+        bootstrap(auroc, [0, 0, 1], [0, 1, 2])
 
 
 def test_bootstrap_errors():
