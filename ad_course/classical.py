@@ -61,6 +61,12 @@ class OnFeatures(ClosedForm):
 
     def image_score(self, xb): return self.score_features(self.features(xb))           # (b,)
 
+    def require_memory(self, numbers, what):
+        """ValueError where so many numbers of 64 bits would not fit into `max_gb`."""
+        gb = 8e-9 * numbers
+        self.require(gb <= self.max_gb, 'max_gb', f'at least {gb:.3g}, the GB for {what} (fewer '
+                     'images, smaller ones or `components` need less)')
+
     def as_learned(self, a):
         """An array as a tensor on the device, to be saved with the detector."""
         return torch.as_tensor(np.ascontiguousarray(a), device=self.torch_device())
@@ -97,11 +103,13 @@ class Kernelized(OnFeatures):
     nu: float = .1                    # share of images outside at most, of support vectors at least
     kernel: str = 'rbf'               # exp(-gamma |x - y|^2), or 'linear'
     gamma: float | str = 'neighbors'  # a number, 'neighbors', 'median' or 'scale'
+    max_gb: float = 4.                # GB that a number for each pair of images may take
     abstract = True
 
     def check_params(self):
         super().check_params()
         self.require_number('nu', above=0, below=1)
+        self.require_number('max_gb', above=0)
         self.require_choice('kernel', ('rbf', 'linear'))
         known = self.gamma in ('neighbors', 'median', 'scale') or is_number(self.gamma, above=0)
         self.require(known, 'gamma', "a number above 0, 'neighbors', 'median' or 'scale'")
@@ -110,6 +118,7 @@ class Kernelized(OnFeatures):
         """The width of the kernel from training rows (n, k)."""
         if is_number(self.gamma): return float(self.gamma)
         if self.gamma == 'scale': return 1 / (z.shape[1] * z.var(correction=0).item())
+        self.require_memory(len(z)**2, f'the distances between {len(z)} images')
         d = pairwise_distances(z)
         if self.gamma == 'median': return .5 / d[d.isfinite()].median().item()**2
         reach = (self.nu * d.isfinite().sum(1)).ceil().long().clamp_min(1)  # (n,) how many others
@@ -174,10 +183,7 @@ class SVDD(Kernelized):
     Score: squared distance from the center - radius_^2.
     """
     def learn_features(self, z):
-        if len(z) > 20_000:
-            raise ValueError('training images must be at most 20000, since SVDD holds the kernel '
-                             f'between all of them; got {len(z)}, '
-                             f'{len(z)**2 * 8 / 2**30:.0f} GiB. OCSVM takes more')
+        self.require_memory(len(z)**2, f'the kernel between {len(z)} images')
         self.gamma_, most = self.choose_gamma(z), 1 / (self.nu * len(z))
         K = self.gram(z, z)
         alpha = self.as_learned(smo(K.cpu().numpy(), most))
@@ -239,7 +245,7 @@ def path_lengths(z, feature, cut, left, right, path, levels):
 @dataclass(kw_only=True, eq=False, repr=False)
 class IForest(OnFeatures):
     """Isolation forest (Liu et al. 2008), grown by scikit-learn. Score: equation (6), 0 to 1."""
-    n_trees: int = 100
+    n_trees: int = 100      # whose path lengths are averaged
     max_samples: int = 256  # images a tree is grown on; all where there are fewer
 
     def check_params(self):
@@ -291,14 +297,17 @@ class KDE(OnFeatures):
     Score: the negative logarithm of the density, equation (7).
     """
     bandwidth: float | str = 'likelihood'  # a number, or by leave-one-out likelihood
+    max_gb: float = 4.                     # GB that a number for each pair of images may take
 
     def check_params(self):
         super().check_params()
+        self.require_number('max_gb', above=0)
         known = self.bandwidth == 'likelihood' or is_number(self.bandwidth, above=0)
         self.require(known, 'bandwidth', "a number above 0 or 'likelihood'")
 
     def learn_features(self, z):
         given = self.bandwidth != 'likelihood'
+        if not given: self.require_memory(len(z)**2, f'the distances between {len(z)} images')
         self.bandwidth_ = float(self.bandwidth) if given else likely_bandwidth(z)
         self.bank_ = z                                                                 # (n, k)
 
@@ -336,17 +345,20 @@ class GMM(OnFeatures):
     """
     n_components: int = 1        # Gaussians in the mixture (`components` are principal ones)
     variance_floor: float = .01  # added to every variance, as a share of the mean variance
+    max_gb: float = 4.           # GB that covariances of all pairs of features may take
 
     def check_params(self):
         super().check_params()
         self.require_whole('n_components', least=1)
-        self.require_number('variance_floor', above=0)
+        self.require_number('variance_floor', 'max_gb', above=0)
 
     def learn_features(self, z):
         m, distinct = self.n_components, len(torch.unique(z, dim=0))
         if distinct < m:
             raise ValueError('n_components must be at most the number of different images; '
                              f'got {m} for {distinct}')
+        k = z.shape[1]
+        self.require_memory(m * k**2, f'covariances of {k} features')
         floor = self.variance_floor * z.var(0, correction=0).mean().item()
         settings = dict(reg_covar=floor, random_state=int(self.seed), max_iter=200)
         mixture = GaussianMixture(m, **settings).fit(z.cpu().numpy())

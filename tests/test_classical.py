@@ -258,7 +258,8 @@ def test_smallest_circle_by_hand():
 
 
 def test_too_many_images_for_the_kernel_matrix_are_refused():
-    with pytest.raises(ValueError, match='OCSVM'): SVDD().learn_features(torch.zeros(20_001, 1))
+    with pytest.raises(ValueError, match='max_gb must be at least 7.2, the GB for the kernel'):
+        SVDD().learn_features(torch.zeros(30_000, 1))
 
 
 # ---------------------------------------------------------------- isolation forest
@@ -525,3 +526,21 @@ def test_boundary_runs_where_the_score_equals_the_level():
         close(np.linalg.norm(line - center, axis=1), radius, rtol=.01)
         dots = [len(c.get_offsets()) for c in ax.collections if isinstance(c, PathCollection)]
         assert dots == [30, 30]
+
+
+# ---------------------------------------------------------------- memory
+@pytest.mark.parametrize('kind, takes', [(SVDD, 'kernel'), (OCSVM, 'distances'), (KDE, 'distances'),
+                                         (GMM, 'covariances')])
+def test_a_table_of_pairs_that_does_not_fit_is_refused_before_it_is_made(kind, takes):
+    x = np.random.default_rng(0).random((20, 4, 4))
+    with pytest.raises(ValueError, match=f'max_gb must be at least .*{takes}'):
+        kind(max_gb=1e-9, verbose=False).fit(x)
+    kind(max_gb=1e-5, verbose=False).fit(x)
+    kind(verbose=False).set_params(max_gb=1e-5).fit(x)
+    with pytest.raises(ValueError, match='max_gb must be a number'): kind(max_gb=0).fit(x)
+
+
+def test_a_gaussian_on_large_photographs_says_what_it_would_take():
+    x = np.random.default_rng(0).random((3, 3, 256, 256), dtype='float32')
+    with pytest.raises(ValueError, match='at least 309, the GB for covariances of 196608'):
+        GMM(verbose=False).fit(x)
