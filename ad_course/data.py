@@ -7,7 +7,7 @@ __all__ = ['check_images', 'as_images', 'digests', 'overlap', 'Task', 'one_class
            'balanced', 'expose', 'flat_set']
 
 # %% ../nbs/0_foundations/01_data.ipynb #00000004
-import hashlib
+import hashlib, numbers
 from dataclasses import dataclass, replace
 import numpy as np
 from sklearn.datasets import load_digits
@@ -55,13 +55,31 @@ def _locked(a, dtype=None):
 
 # %% ../nbs/0_foundations/01_data.ipynb #00000016
 def digests(x):
-    """One digest per image, `(n,)` of str: equal digests, equal pixels."""
-    digest = lambda image: hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()
-    return np.array([digest(image) for image in np.ascontiguousarray(x)], dtype='<U32')
+    """One digest per image of `x`, `(n, ...)`: `(n,)` of str; equal digests, equal pixels.
+
+    The same numbers in another type have other digests. Raises ValueError for what is no number."""
+    x = np.asarray(x)
+    if x.ndim < 1 or x.dtype.kind not in 'buif':
+        raise ValueError(f'x must be numbers (n, ...); got {x.dtype} of shape {x.shape}')
+    zero = np.zeros((), x.dtype)                    # -0 + 0 is 0: the two zeros are one pixel
+    digest = lambda image: hashlib.blake2b((image + zero).tobytes(), digest_size=16).hexdigest()
+    return np.array([digest(image) for image in x], dtype='<U32')
 
 def overlap(x, others):
-    """The indices of the images of `x` that also occur in `others`, pixel for pixel, `(k,)` int."""
+    """The indices of the images of `x` that also occur in `others`, pixel for pixel, `(k,)` int.
+
+    Raises ValueError for what are no images (see `check_images`), and where bytes would be compared
+    with floats."""
+    x, others = as_images(x), as_images(others, 'others')
+    _check_alike(others, 'others', x=x)
     return np.flatnonzero(np.isin(digests(x), digests(others)))
+
+def _check_alike(model, called, **sets):
+    """Raises ValueError for images whose type or shape is not that of `model`, so `called`."""
+    for what, x in sets.items():
+        if x.shape[1:] != model.shape[1:] or x.dtype != model.dtype:
+            like = f'{model.dtype} images of {model.shape[1:]}, like {called}'
+            raise ValueError(f'{what} must hold {like}; got {x.dtype} images of {x.shape[1:]}')
 
 # %% ../nbs/0_foundations/01_data.ipynb #0000001a
 def _labels(y, n, what):
@@ -72,10 +90,25 @@ def _labels(y, n, what):
         raise ValueError(f'{what} must be {n} labels, 1 = anomaly, 0 = normal; got {found}')
     return _locked(y, np.int64)
 
+def _name(kind, what='a kind'):
+    """A kind as text: 3, 3.0 and np.int64(3) are all '3', and no two numbers have one name."""
+    if isinstance(kind, bytes): kind = kind.decode()
+    if isinstance(kind, str): return str(kind)
+    if not isinstance(kind, (numbers.Real, np.bool_)) or not np.isfinite(kind):
+        raise ValueError(f'{what} must be a name or a finite number; got {kind!r}')
+    return str(int(kind)) if kind == int(kind) else str(kind)
+
+def _names(kinds, what='kinds'):
+    """Kinds as an array of text, `(n,)`. Raises ValueError for a kind that is none, such as NaN."""
+    kinds = kinds if isinstance(kinds, (list, tuple)) else np.asarray(kinds)
+    if isinstance(kinds, np.ndarray) and kinds.ndim != 1:
+        raise ValueError(f'{what} must be (n,), one an image; got shape {kinds.shape}')
+    return np.array([_name(k, f'{what}[{i}]') for i, k in enumerate(kinds)], dtype=str)
+
 def _kinds_of(kinds, y, what):
     """`(n,)` names of kinds; where none are given, those that the labels `y`, `(n,)`, tell."""
     if kinds is None: kinds = np.where(y == 1, 'anomaly', 'normal')
-    kinds = np.asarray(kinds, dtype=str)
+    kinds = _names(kinds, what)
     if kinds.shape != y.shape:
         raise ValueError(f'{what} must be {len(y)} names, one an image; got shape {kinds.shape}')
     return _locked(kinds)
@@ -136,7 +169,7 @@ def _checked(t):
     x_train, x_test = as_images(t.x_train, 'x_train'), as_images(t.x_test, 'x_test')
     x_reserve = as_images(x_train[:0] if t.x_reserve is None else t.x_reserve, 'x_reserve')
     if not len(x_train): raise ValueError('x_train must hold an image or more; got none')
-    _check_alike(x_train, x_test=x_test, x_reserve=x_reserve)
+    _check_alike(x_train, 'x_train', x_test=x_test, x_reserve=x_reserve)
     y_test = _labels(t.y_test, len(x_test), 'y_test')
     y_train = np.zeros(len(x_train)) if t.y_train is None else t.y_train
     y_train = _labels(y_train, len(x_train), 'y_train')
@@ -154,19 +187,15 @@ def _checked(t):
                 kinds_train=kinds_train, kinds_test=kinds_test, masks_test=masks,
                 x_reserve=x_reserve, kinds_reserve=kinds_reserve)
 
-def _check_alike(x_train, **sets):
-    """Raises ValueError for images whose type or shape is not that of the training images."""
-    for what, x in sets.items():
-        if x.shape[1:] != x_train.shape[1:] or x.dtype != x_train.dtype:
-            like = f'{x_train.dtype} images of {x_train.shape[1:]}, like x_train'
-            raise ValueError(f'{what} must hold {like}; got {x.dtype} images of {x.shape[1:]}')
-
 def _masks(masks, x_test, y_test):
-    """`(m, h, w)` bool masks, without a mark on a normal image."""
+    """`(m, h, w)` bool masks, with a mark on each anomaly and none on a normal image."""
+    if not np.isfinite(masks).all(): raise ValueError('masks_test must be finite; got NaN')
     masks, shape = _locked(masks, bool), (len(x_test), *x_test.shape[2:])
     if masks.shape != shape: raise ValueError(f'masks_test must be {shape}; got {masks.shape}')
     marked = masks.sum((1, 2))                                      # (m,) pixels
     _refuse(marked * (y_test == 0) > 0, 'the mask of a normal image must mark 0 pixels', marked)
+    _refuse((marked == 0) & (y_test == 1), 'the mask of an anomaly must mark a pixel, or the image '
+            'stay out of the test', marked)
     return masks
 
 def _refuse(wrong, rule, values):
@@ -197,26 +226,24 @@ def _in_words(t):
         f'  protocol {t.protocol}'])
 
 # %% ../nbs/0_foundations/01_data.ipynb #00000027
-def _name(kind):
-    """A kind as text: 3, 3.0 and np.int64(3) are all '3'."""
-    return str(kind) if isinstance(kind, str) else f'{float(kind):g}'
-
-def _names(kinds):
-    """Kinds as an array of text, `(n,)`."""
-    values, where = np.unique(np.asarray(kinds), return_inverse=True)
-    return np.array([_name(v) for v in values.tolist()], dtype=str)[where.reshape(-1)]
-
 def _several(which):
     """A list of kinds, from one or several."""
-    return [which] if isinstance(which, str) or np.ndim(which) == 0 else list(which)
+    if isinstance(which, (list, tuple)): return list(which)
+    return [which] if isinstance(which, (str, bytes)) or np.ndim(which) == 0 else list(which)
 
-def _anomalous(kinds, normal, anomalous):
-    """Which of the named kinds are anomalies, `(n,)` bool, and the choice in words."""
+def _one_side(normal, anomalous):
+    """The one that is given: 'normal' or 'anomalous', and its value. Raises ValueError else."""
     if (normal is None) == (anomalous is None):
         found = 'neither' if normal is None else 'both'
         raise ValueError(f'exactly one of normal= and anomalous= must be given; got {found}')
-    side, other = ('normal', 'anomalous') if anomalous is None else ('anomalous', 'normal')
-    wanted = [_name(k) for k in _several(anomalous if normal is None else normal)]
+    return ('normal', normal) if anomalous is None else ('anomalous', anomalous)
+
+def _anomalous(kinds, normal, anomalous):
+    """Which of the named kinds are anomalies, `(n,)` bool, and the choice in words."""
+    side, chosen = _one_side(normal, anomalous)
+    other = {'normal': 'anomalous', 'anomalous': 'normal'}[side]
+    wanted = list(dict.fromkeys(_name(k, side) for k in _several(chosen)))      # each once
+    if not wanted: raise ValueError(f'{side} must name a kind or more; got none')
     known = np.unique(kinds).tolist()
     if lost := [k for k in wanted if k not in known]:
         raise ValueError(f'{side} must be among the kinds {", ".join(known)}; got {lost[0]!r}')
@@ -247,6 +274,22 @@ def _apart(x_train, x_test, x_reserve):
             for side, n in gone.items() if n]
     return keep_test, keep_reserve, note
 
+def _check_share(**shares):
+    """Raises ValueError for a share that is not from 0 to 1."""
+    for name, share in shares.items():
+        if not 0 <= share <= 1: raise ValueError(f'{name} must be from 0 to 1; got {share}')
+
+def _whole(n, low=0, high=float('inf')):
+    """Whether a value is a whole number within limits."""
+    return isinstance(n, numbers.Integral) and low <= n <= high
+
+def _check_one_each(x, **lists):
+    """Raises ValueError for a list that has not one entry for each image."""
+    for name, entries in lists.items():
+        if entries.shape != x.shape[:1]:
+            found = len(entries) if entries.ndim == 1 else f'shape {entries.shape}'
+            raise ValueError(f'{name} must be one for each of {len(x)} images; got {found}')
+
 # %% ../nbs/0_foundations/01_data.ipynb #0000002d
 def one_class(x, kinds, *, normal=None, anomalous=None, x_test=None, kinds_test=None,
               test_fraction=.3, reserve=.2, seed=0, name='', max_reserve=2000, groups=None):
@@ -259,12 +302,18 @@ def one_class(x, kinds, *, normal=None, anomalous=None, x_test=None, kinds_test=
     at most `max_reserve`.
     groups: `(n,)`, images of one group (one object, one patient) stay on one side of a seeded
     split; default: equal pixels.
-    Raises ValueError for unknown kinds and where a side would be empty."""
+    Raises ValueError for unknown kinds, for arguments that do not fit together, and where a side
+    would be empty."""
     x, kinds, rng = as_images(x), _names(kinds), np.random.default_rng([seed, 1])
-    if len(x) != len(kinds):
-        raise ValueError(f'kinds must be one for each of {len(x)} images; got {len(kinds)}')
+    if (x_test is None) != (kinds_test is None):
+        raise ValueError('x_test and kinds_test must be given together; got one of them')
+    _check_share(test_fraction=test_fraction, reserve=reserve)
+    if not _whole(max_reserve):
+        raise ValueError(f'max_reserve must be a whole number, 0 or more; got {max_reserve}')
+    _check_one_each(x, kinds=kinds)
     anomaly, words = _anomalous(kinds, normal, anomalous)
     groups = digests(x) if groups is None else np.asarray(groups)
+    _check_one_each(x, groups=groups)
     aside, others = _share(np.flatnonzero(anomaly), reserve, groups, rng)
     train = np.flatnonzero(~anomaly)
     if x_test is None:
@@ -273,7 +322,8 @@ def one_class(x, kinds, *, normal=None, anomalous=None, x_test=None, kinds_test=
         x_test, kinds_test, test_anomaly = x[test], kinds[test], anomaly[test]
         split = f'{test_fraction:g} of the normal images held out'
     else:
-        x_test, kinds_test = as_images(x_test, 'x_test'), _names(kinds_test)
+        x_test, kinds_test = as_images(x_test, 'x_test'), _names(kinds_test, 'kinds_test')
+        _check_one_each(x_test, kinds_test=kinds_test)
         test_anomaly, _ = _anomalous(kinds_test, normal, anomalous)
         split = 'test images as given'
     if not len(train):
@@ -293,23 +343,24 @@ def _assemble(name, x_train, x_test, kinds_test, anomaly, x_reserve, kinds_reser
 
 # %% ../nbs/0_foundations/01_data.ipynb #00000032
 def _direction(normal, anomalous, classes):
-    """The arguments `normal` and `anomalous` of `one_class`, from indices or names of `classes`.
+    """The argument `normal` or `anomalous` of `one_class`, from indices or names of `classes`.
 
-    Raises ValueError for what is neither."""
-    if anomalous is not None and np.ndim(normal) == 0 and normal == 0: normal = None   # the default
+    Where neither is given, the first class is normal. Raises ValueError for both, and for what is
+    no class."""
     def named(k):
         if isinstance(k, str) and k in classes: return k
-        if not isinstance(k, str) and 0 <= k < len(classes): return classes[int(k)]
+        index = isinstance(k, (numbers.Real, np.bool_)) and k in range(len(classes))
+        if index: return classes[int(k)]
         known = f'an index below {len(classes)} or one of {", ".join(classes)}'
         raise ValueError(f'a class must be {known}; got {k!r}')
-    sides = dict(normal=normal, anomalous=anomalous)
-    return {n: [named(k) for k in _several(v)] for n, v in sides.items() if v is not None}
+    side, chosen = _one_side(0 if normal is None and anomalous is None else normal, anomalous)
+    return {side: [named(k) for k in _several(chosen)]}
 
-def digits(normal=0, *, anomalous=None, seed=0):
+def digits(normal=None, *, anomalous=None, seed=0):
     """scikit-learn's 1,797 handwritten digits as a `Task`, 8x8 float32.
 
-    normal: one class or several.  anomalous: the same in place of `normal`, for the other
-    direction.  seed: of the split.
+    normal: one class or several, default 0.  anomalous: the same in place of `normal`, for the
+    other direction.  seed: of the split.
     Raises ValueError for what is no digit, and for both directions at once."""
     bunch = load_digits()
     classes = [str(c) for c in bunch.target_names]
@@ -360,8 +411,8 @@ def label_anomalies(task, k, kinds=None, seed=0):
         raise ValueError(f'kinds must be in the reserve, which offers {known}; got {lost[0]!r}')
     order = np.random.default_rng([seed, 4]).permutation(len(task.x_reserve))
     order = order[np.isin(task.kinds_reserve[order], kinds)]        # (r,)
-    if not 0 < k <= len(order):
-        named = f'what the reserve holds of the kinds {", ".join(kinds)}'
+    if not _whole(k, 1, len(order)):
+        named = f'a whole number, what the reserve holds of the kinds {", ".join(kinds)}'
         raise ValueError(f'k must be from 1 to {len(order)}, {named}; got {k}')
     same = task.kinds_reserve[order][:, None] == task.kinds_reserve[order]          # (r, r)
     turn = np.tril(same, -1).sum(1)         # how many of its kind come before: first the firsts
@@ -380,6 +431,7 @@ def balanced(x, y, share=.5):
         raise ValueError(f'y must have one label for each of {len(x)} images; got shape {y.shape}')
     n, m = int((y == 0).sum()), int((y == 1).sum())
     if not (n and m): raise ValueError(f'y must hold zeros and ones; got {n} zeros and {m} ones')
+    _labels(y, len(y), 'y')                     # nothing but zeros and ones
     if not 0 < share < 1: raise ValueError(f'share must be between 0 and 1; got {share!r}')
     times = np.where(y == 1, max(1, round(n / m * share / (1 - share))), 1)
     return np.repeat(x, times, 0), np.repeat(y, times)
@@ -401,7 +453,9 @@ def expose(task, x, kind='outside'):
 def flat_set(name, n=300, seed=0):
     """Points `(n, 2)` spread evenly over a 'disc', a bow of a 'moon', or 'two' small discs.
 
-    Raises ValueError for another name."""
+    Raises ValueError for another name, and for a number of points that is none."""
+    if not _whole(n):
+        raise ValueError(f'n must be a whole number, 0 or more; got {n!r}')
     g = np.random.default_rng(seed)
     on_circle = lambda turn: np.stack([np.cos(turn), np.sin(turn)], 1)              # (n, 2)
     if name == 'moon':

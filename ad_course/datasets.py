@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['FASHION', 'CIFAR', 'SUPERCLASSES', 'MVTEC', 'data_root', 'smoke', 'when_asked', 'mnist', 'fashion_mnist', 'cifar10',
-           'cifar100', 'from_npz', 'read_image', 'read_mask', 'ImageFiles', 'mvtec', 'magnetic_tile']
+           'cifar100', 'from_npz', 'read_image', 'read_mask', 'ImageFiles', 'from_folder', 'mvtec', 'magnetic_tile']
 
 # %% ../nbs/0_foundations/01b_datasets.ipynb #00000004
-import ast, io, os, re, shutil, socket, stat, sys, tempfile, zipfile
-from contextlib import contextmanager
-from dataclasses import replace
+import ast, io, os, re, shutil, socket, stat, struct, sys, tempfile, unicodedata, zipfile
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from .data import Task, _apart, _direction, digests, one_class
+from PIL import ExifTags, Image, ImageOps
+from .data import (Task, _apart, _check_share, _direction, _names, _share, _whole,
+                            check_images, digests, one_class)
 from .surfaces import DEFECTS, TEXTURES, _size, draw_surfaces
 
 # %% ../nbs/0_foundations/01b_datasets.ipynb #00000008
@@ -170,7 +172,7 @@ def _fewer(task, n_train, seed):
     """The task with `n_train` of its training images, drawn by seed; all of them for None."""
     n = len(task.x_train)
     if n_train is None: return task
-    if not 0 < n_train <= n:
+    if not _whole(n_train, 1, n):
         raise ValueError(f'n_train must be from 1 to {n}, all training images; got {n_train}')
     keep = np.sort(np.random.default_rng([seed, 5]).choice(n, n_train, replace=False))
     return replace(task, x_train=task.x_train[keep], y_train=task.y_train[keep],
@@ -183,21 +185,22 @@ FASHION = ['T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat',
 CIFAR = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
 
 # %% ../nbs/0_foundations/01b_datasets.ipynb #f1cf1f87
-def mnist(normal=0, *, anomalous=None, n_train=None, seed=0, root=None):
+def mnist(normal=None, *, anomalous=None, n_train=None, seed=0, root=None):
     """MNIST as a `Task`, (1, 28, 28) uint8, official split (LeCun et al. 1998).
 
-    normal, anomalous: one class or several, one direction.  n_train: fewer training images.
+    normal, anomalous: one class or several, one direction; default: the first class is normal.
+    n_train: fewer training images.
     root: the folder of the files, default `data_root()`.
     Raises ValueError for a class or a number that there is not, FileNotFoundError without files."""
     classes = [str(i) for i in range(10)]
     return _official('MNIST', classes, (1, 28, 28), normal, anomalous, n_train, seed, root)
 
 # %% ../nbs/0_foundations/01b_datasets.ipynb #87e2e9c5
-def fashion_mnist(normal=0, *, anomalous=None, n_train=None, seed=0, root=None):
+def fashion_mnist(normal=None, *, anomalous=None, n_train=None, seed=0, root=None):
     """Fashion-MNIST as a `Task`, (1, 28, 28) uint8, as `mnist` (Xiao et al. 2017)."""
     return _official('FashionMNIST', FASHION, (1, 28, 28), normal, anomalous, n_train, seed, root)
 
-def cifar10(normal=0, *, anomalous=None, n_train=None, seed=0, root=None):
+def cifar10(normal=None, *, anomalous=None, n_train=None, seed=0, root=None):
     """CIFAR-10 as a `Task`, (3, 32, 32) uint8, official split (Krizhevsky 2009); see `mnist`."""
     return _official('CIFAR10', CIFAR, (3, 32, 32), normal, anomalous, n_train, seed, root)
 
@@ -225,7 +228,7 @@ SUPERCLASSES = {k: v.split() for k, v in {
     'vehicles_2': 'lawn_mower rocket streetcar tank tractor'}.items()}
 
 # %% ../nbs/0_foundations/01b_datasets.ipynb #fbaa03ab
-def cifar100(normal=0, *, anomalous=None, n_train=None, seed=0, root=None):
+def cifar100(normal=None, *, anomalous=None, n_train=None, seed=0, root=None):
     """CIFAR-100 as a `Task` over its 20 superclasses, (3, 32, 32) uint8, as `mnist`."""
     family = {fine: i for i, names in enumerate(SUPERCLASSES.values()) for fine in names}
     fold = np.array([family[fine] for fine in sorted(family)])     # (100,) fine label -> family
@@ -259,142 +262,407 @@ def _read_npz(path, labels):
     if lost := [k for k in ('images', labels) if k not in arrays]:
         raise ValueError(f'{path} must have an array {lost[0]!r}; got {", ".join(arrays)}')
     x, y = arrays['images'], arrays[labels]
-    if x.ndim not in (3, 4) or len(x) != len(y):
-        shapes = f'(n, h, w) or (n, h, w, c) and {labels} (n,); got {x.shape} and {y.shape}'
-        raise ValueError(f'{path} must have images {shapes}')
+    _check_order(x, path)
+    if y.shape != x.shape[:1]:
+        shapes = f'one each for the {len(x)} images, (n,); got {y.shape}'
+        raise ValueError(f'{path} must have {labels}, {shapes}')
     named = 'classes' in arrays and labels == 'labels'
-    return _chw(x), arrays['classes'][y] if named else y
+    if named: y = _named(y, arrays['classes'], path)
+    return check_images(_chw(x), f'images in {path}'), _names(y, f'{labels} in {path}')
+
+# %% ../nbs/0_foundations/01b_datasets.ipynb #055766dc
+def _check_order(x, path):
+    """Raises ValueError unless images are `(n, h, w)`, or `(n, h, w, c)` beyond doubt."""
+    if x.ndim == 3 or x.ndim == 4 and x.shape[-1] <= 4 < x.shape[1]: return
+    hint = ''
+    if x.ndim == 4 and x.shape[1] <= 4:
+        hint = ': channels come last; save images.transpose(0, 2, 3, 1), or use one_class'
+    raise ValueError(f'{path} must have images (n, h, w) or (n, h, w, c) of up to 4 channels; '
+                     f'got {x.shape}{hint}')
+
+def _named(y, classes, path):
+    """The names `(n,)` of labels `(n,)` in a list of classes. Raises ValueError for others."""
+    classes = _names(classes, f'classes in {path}')
+    names, counts = np.unique(classes, return_counts=True)
+    if (counts > 1).any():
+        twice = names[counts.argmax()].item()
+        raise ValueError(f'classes in {path} must be different names; got {twice!r} twice')
+    text = y.dtype.kind in 'SU'
+    bad = ~(np.isin(_names(y), classes) if text else np.isin(y, np.arange(len(classes))))
+    if bad.any():
+        rule = f'one of {", ".join(classes)}' if text else f'from 0 to {len(classes) - 1}'
+        raise ValueError(f'labels in {path} must be {rule}, classes of the file; '
+                         f'got {y[bad.argmax()]} at {bad.argmax()}')
+    return y if text else classes[y.astype(int)]
 
 # %% ../nbs/0_foundations/01b_datasets.ipynb #0000006d
 def read_image(source, size=None, channels=3, name=None):
-    """One image file as `(c, h, w)` uint8.
+    """One image file as `(c, h, w)` uint8, turned upright as its EXIF tag says.
 
     source: a path or an open file.  size: None, or pixels a side, a number or (h, w).
     channels: 1 or 3.  name: what to call the file in messages.
-    Raises FileNotFoundError, or ValueError for what is no image of 8 bits a channel."""
+    Raises FileNotFoundError, or ValueError for what is no image, too big for Pillow, or holds more
+    than 8 bits a channel, than one page, or transparent pixels."""
     name = name or source
-    if channels not in (1, 3): raise ValueError(f'channels must be 1 or 3; got {channels}')
-    try:
-        with Image.open(source) as f:
-            if f.mode not in ('1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'CMYK', 'YCbCr'):
-                why = 'convert it first, so that nothing is cut off unseen'
-                raise ValueError(f'{name} must have 8 bits a channel; got mode {f.mode}: {why}')
-            f = f.convert('L' if channels == 1 else 'RGB')
-            if size is not None: f = f.resize(_size(size)[::-1], Image.BILINEAR)
-            x = np.asarray(f)
-    except FileNotFoundError:
-        raise FileNotFoundError(f'{name} must be an image; got no file') from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as e: raise _unreadable(name, e) from e
+    _check_channels(channels)
+    picture, _ = _upright(source, name)
+    if picture.mode not in _EIGHT_BITS:
+        raise _cut_off(name, 'have 8 bits a channel', f'mode {picture.mode}')
+    if picture.has_transparency_data and not _opaque(picture):
+        raise _cut_off(name, 'be opaque', 'transparent pixels')
+    picture = picture.convert('L' if channels == 1 else 'RGB')
+    if size is not None: picture = picture.resize(_size(size)[::-1], Image.BILINEAR)
+    x = np.asarray(picture)
     return x[None] if channels == 1 else np.moveaxis(x, -1, 0)                  # (c, h, w)
 
-def _unreadable(name, error):
-    """The error for a file that Pillow cannot read."""
-    return ValueError(f'{name} must be a readable image; got: {error}: replace or delete it')
+_EIGHT_BITS = '1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'CMYK', 'YCbCr'
+
+def _check_channels(channels):
+    """Raises ValueError for another number of channels than 1 or 3."""
+    if channels not in (1, 3): raise ValueError(f'channels must be 1 or 3; got {channels}')
+
+def _opaque(picture): return np.asarray(picture.convert('RGBA'))[..., 3].min() == 255
+
+def _cut_off(name, rule, found):
+    """The error for a file of which a part would not be seen."""
+    why = 'convert it first, so that nothing is cut off unseen'
+    return ValueError(f'{name} must {rule}; got {found}: {why}')
+
+# %% ../nbs/0_foundations/01b_datasets.ipynb #69040cac
+def _upright(source, name):
+    """A picture of one page, loaded and turned as its EXIF tag says, and its file's format."""
+    with _naming(name), _binary(source) as file, Image.open(file) as f:
+        pages, form, deep = getattr(f, 'n_frames', 1), f.format, _sixteen_bits(f)
+        picture = ImageOps.exif_transpose(f)
+    if pages > 1 and form != 'MPO': raise _cut_off(name, 'hold one picture', f'{pages} pages')
+    if deep: raise _cut_off(name, 'have 8 bits a channel', '16')
+    return picture, form
+
+def _binary(source):
+    """A file, open. From a path, Pillow would map TIFF files into memory, and turn some wrongly."""
+    return nullcontext(source) if hasattr(source, 'read') else open(source, 'rb')
+
+def _sixteen_bits(f):
+    """Whether an image file just opened holds 16 bits a channel, of which Pillow would keep 8."""
+    if f.mode not in _EIGHT_BITS: return False              # gray of 16 bits has a mode of its own
+    told = [tile[3] if isinstance(tile[3], tuple) else (tile[3],) for tile in f.tile]   # decoders
+    words, limits = ([a for args in told for a in args if isinstance(a, t)] for t in (str, int))
+    return any(';16' in w for w in words) or f.format == 'PPM' and max(limits, default=0) > 255
+
+@contextmanager
+def _naming(name):
+    """Inside, Pillow's errors become errors that name the file and say what to do."""
+    try: yield
+    except FileNotFoundError:
+        raise FileNotFoundError(f'{name} must be an image; got no file') from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+        why = 'shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file'
+        raise ValueError(f'{name} must be smaller; got: {e}: {why}') from e
+    except _BROKEN as e:
+        found = f'{type(e).__name__}: {e}' if isinstance(e, LookupError) else e
+        rule = f'{name} must be a readable image'
+        raise ValueError(f'{rule}; got: {found}: replace or delete it') from e
+
+# what Pillow raises for damaged files
+_BROKEN = OSError, SyntaxError, ValueError, LookupError, EOFError, struct.error, TypeError
 
 # %% ../nbs/0_foundations/01b_datasets.ipynb #e5d8cd01
-def read_mask(source, size=None, name=None):
-    """One mask as `(h, w)` bool, True above 127, resized by the nearest pixel, and its own (h, w).
+def read_mask(source, size=None, name=None, above=None):
+    """One mask as `(h, w)` bool, True where it is painted, and its own (h, w) before resizing.
 
-    A defect so small that the nearest pixel misses it is marked wherever it touches a pixel.
-    source, size, name and errors: as in `read_image`."""
-    full = read_image(source, None, 1, name)[0] > 127
+    Painted is what is neither black nor transparent, in a lossy file what is above half of the
+    brightest value; with a number `above`, what is above it.
+    Resized by the nearest pixel. A defect so small that this misses it is marked wherever it
+    touches a pixel.
+    source, size, name and errors: as in `read_image`, but 16 and 32 bits of gray are read too."""
+    picture, form = _upright(source, name := name or source)
+    gray = _paint(picture, name)
+    if above is None: above = gray.max() / 2 if form in _LOSSY else 0
+    full = gray > above
     if size is None: return full, full.shape
     picture = Image.fromarray(full.astype(np.uint8) * 255)
     small = lambda how: np.asarray(picture.resize(_size(size)[::-1], how)) > 0
     mask = small(Image.NEAREST)
     return (small(Image.BOX) if full.any() and not mask.any() else mask), full.shape
 
+_LOSSY = 'JPEG', 'MPO', 'WEBP', 'AVIF', 'JPEG2000'
+
+def _paint(picture, name):
+    """How bright a mask is painted, `(h, w)`; how opaque, where its ground is transparent.
+
+    Raises ValueError for a ground that is black here and transparent there."""
+    if picture.mode not in _EIGHT_BITS: return np.abs(np.asarray(picture))      # one channel
+    color = np.asarray(picture.convert('RGB')).max(-1)
+    if not picture.has_transparency_data or _opaque(picture): return color
+    seen = np.asarray(picture.convert('RGBA'))[..., 3]
+    black = (seen > 0) & (color == 0)
+    if black.any() and (color[seen > 0] > 0).any():
+        raise ValueError(f'{name} must be painted on black or on a transparent ground; got both')
+    return seen
+
+# %% ../nbs/0_foundations/01b_datasets.ipynb #00000073
+def _visible(folder):
+    """What a folder holds but for hidden files, in order of the names."""
+    found = [p for p in Path(folder).iterdir() if not _hidden(p.name)]
+    return sorted(found, key=lambda p: (_seen_name(p.name), p.name))
+
+def _hidden(name): return name.startswith('.') or name == '__MACOSX'
+
+def _seen_name(name): return unicodedata.normalize('NFC', name)     # one form of an accent
+
+def _is_picture(path): return path.suffix.lower() in _suffixes() and path.is_file()
+
+@cache
+def _suffixes():
+    """The endings of files that Pillow can read by itself."""
+    unable = 'BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF'           # it knows their names only
+    return {e for e, f in Image.registered_extensions().items()
+            if f in Image.OPEN and f not in unable}
+
 # %% ../nbs/0_foundations/01b_datasets.ipynb #00000070
 class ImageFiles(torch.utils.data.Dataset):
-    """Images read from a list of paths when they are asked for: `self[i]` is `(c, h, w)` uint8.
+    """Images read from files when they are asked for: `self[i]` is `(c, h, w)` uint8.
 
-    size, channels and errors: as in `read_image`."""
+    paths: a folder, whose pictures are taken in order of their names, or a list of files.
+    size, channels and errors: as in `read_image`; FileNotFoundError also where there is no file."""
     def __init__(self, paths, size=256, channels=3):
+        _check_channels(channels)
+        if size is not None: _size(size)
+        if isinstance(paths, (str, os.PathLike)): paths = _pictures(paths)
         self.paths, self.size, self.channels = [str(p) for p in paths], size, channels
+        if not self.paths: raise FileNotFoundError('paths must be files; got an empty list')
 
     def __len__(self): return len(self.paths)
 
     def __getitem__(self, i):
         return torch.from_numpy(np.array(read_image(self.paths[i], self.size, self.channels)))
 
-# %% ../nbs/0_foundations/01b_datasets.ipynb #00000073
-_SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff')
-
 def _pictures(folder):
-    """The image files of a folder, in order of their names."""
-    return sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in _SUFFIXES)
-
-# %% ../nbs/0_foundations/01b_datasets.ipynb #05eba36b
-def _mask_of(image, folder):
-    """The mask file of a defect image: `<stem>_mask.*`, or `<stem>.*` as some sets have it."""
-    names = [f'{image.stem}{end}{suffix}' for end in ('_mask', '') for suffix in _SUFFIXES]
-    for n in names:
-        if (folder / n).is_file(): return folder / n
-    raise FileNotFoundError(f'{image} must have a mask, as a defect; got no {folder / names[0]}')
+    """The pictures of a folder, one or more, in order of their names."""
+    if not Path(folder).is_dir(): raise FileNotFoundError(f'{folder} must be a folder; got none')
+    found = [p for p in _visible(folder) if _is_picture(p)]
+    if not found: raise FileNotFoundError(f'{folder} must hold pictures; got none')
+    return found
 
 # %% ../nbs/0_foundations/01b_datasets.ipynb #7a617aeb
-def mvtec(category, *, size=256, root=None, channels=None, reserve_per_kind=0, seed=0):
-    """A category in MVTec AD's layout (Bergmann et al. 2019) as a `Task`, uint8, with masks.
+def from_folder(folder, *, size=256, channels=None, normal=None, test_fraction=.3,
+                reserve_per_kind=0, seed=0, name=''):
+    """A `Task` from a folder of pictures, uint8, with masks where there are any.
 
-    category: a name below `root`/mvtec, or an absolute folder.  root: default `data_root()`.
+    folder: train/good and test/<kind>; or good and <kind> side by side; or pictures, all good.
     size: pixels a side, a number or (h, w).  channels: default 1 if all images are gray, else 3.
+    normal: the name of the normal folder, default good, normal or ok in any case.
+    test_fraction: of the normal images, held out by seed where none are given to test on.
     reserve_per_kind: test defects of each kind to move to the reserve, drawn by seed.
-    Raises FileNotFoundError for missing folders and masks, ValueError for broken images."""
-    own = Path(category).is_absolute()
-    if root is None and not own and smoke(False, True):
-        return _stand_in_mvtec(category, size, channels, reserve_per_kind, seed)
-    folder = Path(category) if own else Path(root or data_root()).expanduser() / 'mvtec' / category
-    train, test, kinds = _listed(folder)
-    channels = channels or (1 if all(_gray(p) for p in train + test) else 3)
-    x, x_test = (np.stack([read_image(p, size, channels) for p in part]) for part in (train, test))
-    truth, nothing = folder / 'ground_truth', np.zeros(_size(size), bool)
-    masks = np.stack([nothing if k == 'good' else _own_mask(p, truth / k, size)
-                      for p, k in zip(test, kinds)])
-    kinds = np.array(['normal' if k == 'good' else k for k in kinds])
-    words = (f'normal: good; official split of the folder {folder.name}; '
-             f'images resized to {"x".join(map(str, _size(size)))}, whatever their shape')
-    name = f'MVTec, {folder.name}'
-    return _folder_task(name, x, x_test, kinds, masks, reserve_per_kind, seed, words)
+    Raises FileNotFoundError for missing folders and masks, ValueError for broken images and for
+    another layout, with those that are understood."""
+    folder, pick = Path(folder).expanduser().absolute(), _size(size)
+    _check_share(test_fraction=test_fraction)
+    files = _listed(folder, normal)
+    paths = files.train + files.test
+    channels = channels or (1 if all(_header(p)[0] for p in paths) else 3)
+    x = np.stack([read_image(p, pick, channels) for p in paths])
+    x, x_test, kinds, n = x[:len(files.train)], x[len(files.train):], files.kinds, 0
+    masks, spare = _masks_of(files, pick)
+    if 'normal' not in kinds:               # hold some of the training images out
+        held, kept = _share(np.arange(len(x)), test_fraction, digests(x),
+                            np.random.default_rng([seed, 6]))
+        x, x_test, n = x[kept], np.concatenate([x[held], x_test]), len(held)
+        if not len(x): raise ValueError(f'test_fraction must leave images; got {test_fraction}')
+    if n and masks is not None: masks = np.concatenate([np.zeros((n, *pick), bool), masks])
+    split = f'{test_fraction:g} of the normal images held out' if n else ''
+    shape = f'images resized to {"x".join(map(str, pick))}, whatever their shape'
+    words = [files.words, split, shape, _passed_over(files.rest + spare, folder)]
+    return _folder_task(name or folder.name, x, x_test, np.array(['normal'] * n + kinds, str),
+                        masks, reserve_per_kind, seed, '; '.join(w for w in words if w))
 
 # %% ../nbs/0_foundations/01b_datasets.ipynb #00000075
+_NORMAL, _MASKS = ('good', 'normal', 'ok'), ('ground_truth', 'masks')
+_LAYOUTS = ('Understood are (1) train/good with test/good and test/<kind>, (2) good and <kind> '
+            'side by side, (3) pictures alone, all of them good. Masks, if any, lie in '
+            'ground_truth/<kind>. good may be called normal or ok; name another by normal=')
+
+@dataclass
+class _Files:
+    """The pictures of a folder, to train and to test on, and what else lies there."""
+    train: list                             # paths
+    test: list                              # paths
+    kinds: list                             # of the test pictures, 'normal' or a name
+    words: str                              # how they came about
+    base: Path                              # the folder that the kinds are folders of
+    truth: list                             # folders of masks
+    rest: list                              # paths passed over
+
+def _listed(folder, normal=None):
+    """What lies in a folder of one of three layouts, as `_Files`. Raises ValueError for another."""
+    if not folder.is_dir(): raise FileNotFoundError(f'{folder} must be a folder; got none')
+    pictures, folders, rest = _contents(folder)
+    at = {_seen_name(d.name).casefold(): d for d in folders}
+    truth = [at.pop(name) for name in _MASKS if name in at]
+    train, test = at.pop('train', None), at.pop('test', None)
+    where = f'of the folder {folder.name}'
+    if train: return _split(where, train, test, truth, normal, pictures + list(at.values()))
+    if at and not (pictures or test):
+        found, more = _by_kind(at.values(), normal)
+        good = _one_normal(at.values(), normal, folder).name
+        words = f'normal: {good}; kinds side by side {where}'
+        return _files(found, [], words, folder, truth, more)
+    if pictures and not (at or test):
+        words = f'normal: all pictures {where}; no anomalies'
+        return _files([(p, 'normal') for p in pictures], [], words, folder, truth, rest)
+    raise _other_layout(folder)
+
+def _split(where, train, test, truth, normal, rest):
+    """The files of a folder with `train`, and with `test` or None."""
+    pictures, folders, more = _contents(train)
+    loose, kinds, others = _contents(test) if test else ([], [], [])
+    if loose or pictures and folders: raise _other_layout(test if loose else train)
+    if not pictures: _one_normal(folders, normal, train)
+    found, below = _by_kind(folders, normal)
+    found += [(p, 'normal') for p in pictures]
+    rest = rest + more + others + below + [p for p, k in found if k != 'normal']
+    tested, below = _by_kind(kinds, normal)
+    learned = [(p, k) for p, k in found if k == 'normal']
+    words = f'normal: good; official split {where}'
+    return _files(learned, tested, words, test, truth, rest + below)
+
+def _files(learned, tested, words, base, truth, rest):
+    """`_Files` of pairs of paths and kinds; what is not normal is tested on."""
+    train = [p for p, k in learned if k == 'normal']
+    test = tested + [(p, k) for p, k in learned if k != 'normal']
+    if not train: raise FileNotFoundError(f'{words}: there must be pictures to train on; got none')
+    return _Files(train, [p for p, _ in test], [k for _, k in test], words, base, truth, rest)
+
+# %% ../nbs/0_foundations/01b_datasets.ipynb #d47ae471
+def _contents(folder):
+    """The pictures of a folder, without masks that lie beside them; its folders; other files."""
+    found = _visible(folder)
+    pictures, folders = [p for p in found if _is_picture(p)], [p for p in found if p.is_dir()]
+    rest = [p for p in found if not (_is_picture(p) or p.is_dir())]
+    stems = {_seen_name(p.stem) for p in pictures}
+    masks = {f'{stem}_mask' for stem in stems}
+    return [p for p in pictures if _seen_name(p.stem) not in masks], folders, rest
+
+def _called_normal(folders, normal):
+    """Those of some folders that are normal, by the name given or by one that many sets use."""
+    if normal is not None: return [d for d in folders if _seen_name(d.name) == _seen_name(normal)]
+    return [d for d in folders if d.name.casefold() in _NORMAL]
+
+def _one_normal(folders, normal, where):
+    """The one normal folder of those in `where`. Raises ValueError for none and for several."""
+    if len(good := _called_normal(folders, normal)) == 1: return good[0]
+    raise _other_layout(where, f'{len(good)} normal folders among ')
+
+def _by_kind(folders, normal):
+    """Pairs of a picture and its kind below some folders, down to the folders in them; the rest."""
+    good, found, rest = _called_normal(folders, normal), [], []
+    if len(good) > 1: raise _other_layout(good[0].parent, f'{len(good)} normal folders among ')
+    for d in folders:
+        pictures, inner, more = _contents(d)
+        rest += more
+        parts = {d: pictures}
+        for e in inner:
+            parts[e], deeper, more = _contents(e)
+            rest += deeper + more
+        for e, pictures in parts.items():
+            kind = 'normal' if d in good else _seen_name(e.name)
+            if kind == 'normal' and d not in good:
+                raise ValueError(f'{e} must have another name, as a kind of anomaly; got normal')
+            found += [(p, kind) for p in pictures]
+    return found, rest
+
+def _other_layout(folder, found=''):
+    """The error for a folder that is laid out in another way."""
+    names = [p.name + '/' * p.is_dir() for p in _visible(folder)]
+    more = f' and {len(names) - 6} more' if len(names) > 6 else ''
+    found += (', '.join(names[:6]) or 'nothing') + more
+    return ValueError(f'{folder} must have a layout that is understood; got {found}. {_LAYOUTS}')
+
+def _passed_over(paths, folder):
+    """What was passed over, in words; nothing for nothing."""
+    names = [f'{p.relative_to(folder).as_posix()}{"/" * p.is_dir()}' for p in paths]
+    more = f' and {len(names) - 3} more' if len(names) > 3 else ''
+    return f'passed over: {", ".join(names[:3])}{more}' if names else ''
+
+# %% ../nbs/0_foundations/01b_datasets.ipynb #201b2a8c
+def _header(path):
+    """Whether an image file has one channel, and its (h, w) when turned upright."""
+    with _naming(path), Image.open(path) as f:
+        gray, (w, h) = f.mode in ('1', 'L', 'LA'), f.size
+        turned = f.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        if not turned: return gray, (h, w)
+        if f.format != 'TIFF': return gray, (w, h)
+    return gray, _upright(path, path)[0].size[::-1]         # Pillow turns these itself, if new
+
+# %% ../nbs/0_foundations/01b_datasets.ipynb #05eba36b
+def _masks_of(files, size):
+    """Masks `(m, h, w)` of the test pictures, or None; and the files in mask folders left over."""
+    lying = {p: p.relative_to(t) for t in files.truth for p in t.rglob('*') if _is_picture(p)}
+    lying = {p: inside for p, inside in lying.items() if not any(map(_hidden, inside.parts))}
+    beside = [p for f in {p.parent for p in files.test} for p in _visible(f) if _is_picture(p)]
+    at = {}                                 # (folder, name without ending) as seen -> paths
+    for p, inside in [*lying.items(), *((p, p.relative_to(files.base)) for p in beside)]:
+        at.setdefault((_seen_name(inside.parent.as_posix()), _seen_name(inside.stem)), []).append(p)
+    found = [_mask_of(p, files.base, at) for p in files.test]
+    if not lying and not any(found): return None, []
+    masks = np.zeros((len(found), *size), bool)
+    for i, (path, image, kind) in enumerate(zip(found, files.test, files.kinds)):
+        if path: masks[i] = _own_mask(image, path, size, kind)
+        elif kind != 'normal':
+            place = (files.truth or [image.parents[1]])[0] / image.parent.name
+            lost = place / f'{image.stem}_mask.png'
+            raise FileNotFoundError(f'{image} must have a mask, as a defect; got no {lost}')
+    return masks, sorted(lying.keys() - set(found))
+
+def _mask_of(image, base, at):
+    """The mask file of an image, or None: `<stem>_mask.*`, or `<stem>.*` as some sets have it."""
+    folder = image.parent
+    folders = [_seen_name(f) for f in (folder.relative_to(base).as_posix(), folder.name)]
+    names = [_seen_name(image.stem) + end for end in ('_mask', '')]
+    several = [[p for p in at.get((f, n), []) if p.parent != folder or n == names[0]]
+               for f in folders for n in names]
+    found = next(filter(None, several), [None])
+    if len(found) > 1:
+        listed = ' and '.join(map(str, found))
+        raise ValueError(f'{image} must have one mask; got {listed}')
+    return found[0]
+
+# %% ../nbs/0_foundations/01b_datasets.ipynb #03727917
+def _own_mask(image, path, size, kind):
+    """The mask of an image, `(h, w)` bool: of the image's size, and painted on a defect only."""
+    (mask, shape), (_, expected) = read_mask(path, size), _header(image)
+    if shape != expected:
+        like = f'{expected} (h, w), like its image {image}'
+        raise ValueError(f'the mask {path} must be {like}; got {shape}')
+    if mask.any() == (kind == 'normal'):
+        rule = 'be empty' if mask.any() else 'mark a pixel, or both be removed'
+        raise ValueError(f'the mask {path} must {rule}, as {image} is {kind}; got {mask.sum()}')
+    return mask
+
+# %% ../nbs/0_foundations/01b_datasets.ipynb #8cf07777
+def mvtec(category, *, size=256, root=None, channels=None, reserve_per_kind=0, seed=0):
+    """A category of MVTec AD (Bergmann et al. 2019) as a `Task`, uint8, with masks.
+
+    category: a name below `root`/mvtec, or an absolute folder.  root: default `data_root()`.
+    size, channels, reserve_per_kind, errors: as in `from_folder`."""
+    own = Path(category).is_absolute()
+    how = dict(size=size, channels=channels, reserve_per_kind=reserve_per_kind, seed=seed)
+    if root is None and not own and smoke(False, True): return _stand_in_mvtec(category, **how)
+    folder = Path(category) if own else Path(root or data_root()).expanduser() / 'mvtec' / category
+    if not folder.is_dir():
+        where = f'{folder.name} must be a category with a folder {folder / "train/good"}'
+        raise FileNotFoundError(f'{where}; got none. {_MVTEC_HELP}')
+    return from_folder(folder, name=f'MVTec, {folder.name}', **how)
+
 _MVTEC_HELP = ('Get MVTec AD from mvtec.com/company/research/datasets/mvtec-ad (CC BY-NC-SA 4.0) '
                'and unpack it so that <root>/mvtec/<category>/train/good exists; '
                '<root> is AD_COURSE_DATA or the argument root.')
 
-def _listed(folder):
-    """The training files and the test files of a category, and the kind of each of the latter."""
-    for part in ('train/good', 'test'):
-        if not (folder / part).is_dir():
-            where = f'{folder.name} must be a category with a folder {folder / part}'
-            raise FileNotFoundError(f'{where}; got none. {_MVTEC_HELP}')
-    train, kinds = _pictures(folder / 'train/good'), sorted((folder / 'test').iterdir())
-    test = [(p, k.name) for k in kinds if k.is_dir() for p in _pictures(k)]
-    if not train or not test:
-        found = f'{len(train)} and {len(test)}'
-        raise FileNotFoundError(f'{folder} must hold training and test images; got {found}')
-    return train, [p for p, _ in test], [k for _, k in test]
-
-# %% ../nbs/0_foundations/01b_datasets.ipynb #201b2a8c
-def _gray(path):
-    """Whether an image file has one channel."""
-    try:
-        with Image.open(path) as f: return f.mode in ('1', 'L', 'LA')
-    except OSError as e: raise _unreadable(path, e) from e
-
-# %% ../nbs/0_foundations/01b_datasets.ipynb #03727917
-def _own_mask(image, folder, size):
-    """The mask of an image, `(h, w)` bool, after checking that it has the image's own size."""
-    path = _mask_of(image, folder)
-    mask, shape = read_mask(path, size)
-    with Image.open(image) as f: expected = f.size[::-1]
-    if shape != expected:
-        like = f'{expected} (h, w), like its image {image}'
-        raise ValueError(f'the mask {path} must be {like}; got {shape}')
-    return mask
-
 # %% ../nbs/0_foundations/01b_datasets.ipynb #d48a50c6
 def _folder_task(name, x, x_test, kinds, masks, per_kind, seed, words):
     """A task from a given split, with `per_kind` test defects of each kind moved to the reserve."""
+    if not _whole(per_kind):
+        raise ValueError(f'reserve_per_kind must be a whole number, 0 or more; got {per_kind}')
     rng, aside = np.random.default_rng([seed, 1]), np.zeros(len(kinds), bool)
     for k in np.unique(kinds[kinds != 'normal']):
         own = np.flatnonzero(kinds == k)
@@ -407,7 +675,7 @@ def _folder_task(name, x, x_test, kinds, masks, per_kind, seed, words):
     words = '; '.join([words, *([moved] if per_kind else []), *note, f'seed {seed}'])
     kept = np.flatnonzero(~aside)[test]
     return Task(name, x, x_test[kept], kinds[kept] != 'normal', words,
-                kinds_test=kinds[kept], masks_test=masks[kept],
+                kinds_test=kinds[kept], masks_test=None if masks is None else masks[kept],
                 x_reserve=x_test[aside][reserve], kinds_reserve=kinds[aside][reserve])
 
 # %% ../nbs/0_foundations/01b_datasets.ipynb #0000007a
@@ -431,19 +699,20 @@ MVTEC = {k: v.split() for k, v in {             # the 15 categories and their ki
               'split_teeth squeezed_teeth'}.items()}
 
 # %% ../nbs/0_foundations/01b_datasets.ipynb #a43075f4
-def _stand_in_mvtec(category, size, channels, per_kind, seed, kinds=None):
+def _stand_in_mvtec(category, size, channels, reserve_per_kind, seed, kinds=None):
     """Drawn surfaces under the names of a category's defects, as a `Task`."""
     name = Path(category).name
     kinds = kinds or MVTEC.get(name, ['defect'])
     channels = channels or (1 if name in ('grid', 'screw', 'zipper') else 3)
     defect = dict(zip(kinds, list(DEFECTS) * 2))
-    names = np.array(['normal'] * 8 + kinds * (3 + per_kind))
+    names = np.array(['normal'] * 8 + kinds * (3 + reserve_per_kind))
     look = dict(size=size, channels=channels, texture=list(TEXTURES)[len(name) % 3])
     train = draw_surfaces(['normal'] * 24, **look, seed=[seed, 0])
     test = draw_surfaces([defect.get(k, k) for k in names], **look, seed=[seed, 1])
     x, x_test = ((255 * d[0]).astype(np.uint8) for d in (train, test))
     words = f'{_STAND_IN}; normal: good'
-    return _folder_task(f'stand-in for {name}', x, x_test, names, test[2], per_kind, seed, words)
+    return _folder_task(f'stand-in for {name}', x, x_test, names, test[2], reserve_per_kind, seed,
+                        words)
 
 # %% ../nbs/0_foundations/01b_datasets.ipynb #0000007d
 def _tiles(names, gap=150):
@@ -470,9 +739,10 @@ def _tile_files(path):
             raise ValueError(f'{path} must be a readable zip file; got: {e}: get it again') from e
         names, read = packed.namelist(), packed.read
     else: raise FileNotFoundError(f'{path} must be the magnetic tiles; got nothing. {_TILES_HELP}')
-    images = sorted(n for n in names if re.search(r'MT_\w+/Imgs/[^/]+\.jpg$', n))
+    names = [n for n in names if not any(map(_hidden, n.split('/')))]
+    images = sorted(n for n in names if re.search(r'MT_\w+/Imgs/[^/]+\.jpe?g$', n, re.I))
     if not images: raise ValueError(f'{path} must hold images MT_<kind>/Imgs/<name>.jpg; got none')
-    return images, set(names), read
+    return images, names, read
 
 _TILES_HELP = ('Get them from github.com/abin24/Magnetic-tile-defect-datasets. and put the folder '
                'magnetic_tile, or magnetic_tile.zip, into AD_COURSE_DATA, or give its path.')
@@ -510,14 +780,16 @@ def magnetic_tile(path=None, *, size=128, test_fraction=.3, reserve=.2, seed=0):
 def _read_tiles(path, size):
     """Names of files, kinds `(n,)`, images `(n, 1, h, w)` uint8 and masks `(n, h, w)` bool."""
     files, names, read = _tile_files(path)
+    masks_of = {n[:-4]: n for n in names if n.lower().endswith('.png')}
     kinds, x, masks = [re.search(r'MT_(\w+)/Imgs', n)[1] for n in files], [], []
     where = lambda n: f'{n} in {path}'
     for name, kind in zip(files, kinds):
-        mask = name[:-4] + '.png'
-        if kind != 'Free' and mask not in names:
+        stem = name.rpartition('.')[0]
+        mask = masks_of.get(stem)
+        if kind != 'Free' and mask is None:
             rule = f'{where(name)} must have a mask, as a defect'
-            raise FileNotFoundError(f'{rule}; got no {where(mask)}')
+            raise FileNotFoundError(f'{rule}; got no {where(stem + ".png")}')
         x.append(read_image(io.BytesIO(read(name)), size, 1, where(name)))
         if kind == 'Free': masks.append(np.zeros(_size(size), bool))
-        else: masks.append(read_mask(io.BytesIO(read(mask)), size, where(mask))[0])
+        else: masks.append(read_mask(io.BytesIO(read(mask)), size, where(mask), above=127)[0])
     return files, np.array(kinds), np.stack(x), np.stack(masks)

@@ -75,6 +75,9 @@ def test_task_is_immutable_and_owns_its_arrays():
     (dict(masks_test=np.zeros((4, 5, 5), bool)),
      r'masks_test must be \(4, 5, 4\); got \(4, 5, 5\)'),
     (dict(masks_test=np.ones((4, 5, 4), bool)), 'must mark 0 pixels; got 20 at 0'),
+    (dict(masks_test=np.zeros((4, 5, 4), bool)), 'of an anomaly must mark a pixel.*got 0 at 2'),
+    (dict(masks_test=np.full((4, 5, 4), np.nan)), 'masks_test must be finite'),
+    (dict(kinds_test=['normal', 'normal', 'a', np.nan]), r'kinds_test\[3\] must be a name.*nan'),
     (dict(x_reserve=np.full((1, 5, 4), 7, 'u1'), kinds_reserve=['normal']), 'anomalies only'),
     (dict(x_test=toy(12)[0][3:7]),
      r'x_test must share no image with x_train; got 1, the first is x_test\[0\]'),
@@ -82,6 +85,63 @@ def test_task_is_immutable_and_owns_its_arrays():
     (dict(x_reserve=toy(12)[0][:1]), 'x_reserve must share no image with x_train')])
 def test_task_refuses(changes, words):
     with pytest.raises(ValueError, match=words): small_task(**changes)
+
+
+@pytest.mark.parametrize('as_given', [bool, np.uint8, np.float32, np.uint16])
+def test_whatever_is_not_zero_is_painted(as_given):
+    marks = np.zeros((4, 5, 4), as_given)
+    marks[2, 1, 1], marks[3, 2, 3] = 1, 100
+    assert small_task(masks_test=marks).masks_test.sum((1, 2)).tolist() == [0, 0, 1, 1]
+
+
+def test_digests_are_of_pixels():
+    x = np.zeros((1, 1, 2, 2), 'f4')
+    assert digests(x) == digests(-x) == digests(np.asfortranarray(x))
+    with pytest.raises(ValueError, match='x must share no image|x_test must share no image'):
+        small_task(x_train=x, x_test=np.concatenate([-x] * 4))
+    with pytest.raises(ValueError, match='x must hold float32 .*like others; got uint8'):
+        overlap((x * 255).astype('u1'), x)
+    for wrong in (np.array(['a']), np.array([{}]), np.array(1.)):
+        with pytest.raises(ValueError, match='x must be numbers'): digests(wrong)
+
+
+# kinds
+
+@quick
+@given(kinds=st.lists(st.one_of(st.integers(-2**62, 2**62), st.floats(allow_nan=False,
+                      allow_infinity=False)), min_size=2, max_size=9, unique=True))
+def test_no_two_numbers_have_one_name(kinds):
+    x, k = toy(3 * len(kinds), len(kinds))
+    t = one_class(x, [kinds[i] for i in k], normal=kinds[0], test_fraction=0)
+    assert np.array_equal(t.x_train, as_images(x[k == 0]))
+
+
+def test_the_million_and_first_is_another_kind():
+    x, k = toy()
+    ids = np.array([1000001, 1000002, 7])[k]
+    t = one_class(x, ids, normal=1000001, test_fraction=0)
+    assert len(t.x_train) == 20 and set(t.kinds_test) == {'1000002', '7'}
+    assert same(t, one_class(x, ids.astype('f8'), normal=1000001., test_fraction=0))
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, None, 1j, [1]])
+def test_what_is_no_kind_is_refused(bad):
+    x, k = toy(6)
+    kinds = [bad, *k[1:].tolist()]
+    with pytest.raises(ValueError, match=r'kinds\[0\] must be a name or a finite number'):
+        one_class(x, kinds, normal=1)
+    with pytest.raises(ValueError, match='must be a name or a finite number'):
+        one_class(x, k, normal=[1, bad])
+
+
+def test_kinds_come_in_any_array():
+    x, k = toy()
+    names = np.array(['cat', 'dog', 'cow'])[k]
+    t = one_class(x, names, normal='cat')
+    for given in (names.astype('S'), names.astype(object), names.tolist()):
+        assert same(t, one_class(x, given, normal=['cat', 'cat']))
+    with pytest.raises(ValueError, match=r'kinds must be \(n,\), one an image'):
+        one_class(x, names[:, None], normal='cat')
 
 
 # splits
@@ -166,6 +226,14 @@ def test_groups_never_come_apart(size, seed):
     (lambda x, k: one_class(x, k, normal=[0, 1, 2]), 'leave a kind that is anomalous; got all 3'),
     (lambda x, k: one_class(x, k, anomalous=[0, 1, 2]), 'leave a kind that is normal; got all 3'),
     (lambda x, k: one_class(x, k[:5], normal=0), 'one for each of 60 images; got 5'),
+    (lambda x, k: one_class(x, k, normal=[]), 'normal must name a kind or more; got none'),
+    (lambda x, k: one_class(x, k, normal=0, groups=k[:5]), 'groups must be one for .*got 5'),
+    (lambda x, k: one_class(x, k, normal=0, x_test=x), 'given together'),
+    (lambda x, k: one_class(x, k, normal=0, kinds_test=k), 'given together'),
+    (lambda x, k: one_class(x, k, normal=0, x_test=x, kinds_test=k[:5]), 'kinds_test must .*got 5'),
+    (lambda x, k: one_class(x, k, normal=0, test_fraction=1.2), 'test_fraction must .*got 1.2'),
+    (lambda x, k: one_class(x, k, normal=0, reserve=np.nan), 'reserve must be from 0 .*got nan'),
+    (lambda x, k: one_class(x, k, normal=0, max_reserve=-1), 'max_reserve must be .*got -1'),
     (lambda x, k: one_class(x, k, normal=0, test_fraction=1.), 'left to train on; got none')])
 def test_one_class_says_what_is_wrong(call, words):
     with pytest.raises(ValueError, match=words): call(*toy())
@@ -183,6 +251,15 @@ def test_digits(side):
         seen += len(t.x_train) + (t.y_test == 0).sum()
     assert seen == (1797 if side == 'normal' else 9 * 1797)
     assert same(digits(3), digits('3')) and not same(digits(3), digits(3, seed=1))
+    assert same(digits(), digits(0))
+
+
+@pytest.mark.parametrize('normal, anomalous, words', [
+    (0, 5, 'exactly one .*got both'), ([0], [5], 'exactly one .*got both'),
+    (2.5, None, 'a class must be an index .*got 2.5'), (np.nan, None, 'got nan'),
+    ([1, None], None, 'got None'), (-1, None, 'got -1'), (None, 10, 'got 10')])
+def test_digits_refuses(normal, anomalous, words):
+    with pytest.raises(ValueError, match=words): digits(normal, anomalous=anomalous)
 
 
 # contamination and labels
@@ -236,7 +313,7 @@ def test_label_errors():
     t = one_class(*toy(60, 3), normal=0)
     with pytest.raises(ValueError, match="in the reserve, which offers 1, 2; got '7'"):
         label_anomalies(t, 1, kinds=7)
-    for k in (0, -1, 1000):
+    for k in (0, -1, 1000, 1.5):
         with pytest.raises(ValueError, match=f'what the reserve holds .*got {k}'):
             label_anomalies(t, k)
     with pytest.raises(ValueError, match='k must be from 1 to 0'): label_anomalies(small_task(), 1)
@@ -253,6 +330,7 @@ def test_balanced_repeats_whole_images(share, times):
 
 @pytest.mark.parametrize('args, match', [
     ((np.zeros(9),), '9 zeros and 0 ones'), ((np.ones(9),), '0 zeros and 9 ones'),
+    ((np.arange(9) % 3,), 'y must be 9 labels, 1 = anomaly'),
     ((np.arange(9) % 2, 1.), 'share must be'), ((np.arange(9) % 2, 0), 'share must be'),
     ((np.arange(3) % 2,), r'one label for each of 9 images; got shape \(3,\)')])
 def test_balanced_refuses(args, match):
@@ -286,3 +364,6 @@ def test_flat_sets_have_their_shapes(name):
 
 def test_there_is_no_other_flat_set():
     with pytest.raises(ValueError, match="'disc', 'moon' or 'two'; got 'ring'"): flat_set('ring')
+    for n in (-1, 2.5):
+        with pytest.raises(ValueError, match=f'n must be a whole number.*got {n}'):
+            flat_set('disc', n)

@@ -1,5 +1,5 @@
 """The promises of the data sets' chapter: nothing half-done on disk, errors that help."""
-import gzip, hashlib, os, shutil, struct, zipfile
+import gzip, hashlib, io, os, shutil, struct, unicodedata, zipfile, zlib
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +73,9 @@ def test_packed_files_that_lie_there_are_used(tiny_mnist):
         mnist(3, root=tiny_mnist, n_train=21)
     with pytest.raises(ValueError, match='a class must be an index below 10 .*got 10'):
         mnist(10, root=tiny_mnist)
+    with pytest.raises(ValueError, match='exactly one .*got both'):
+        mnist(0, anomalous=5, root=tiny_mnist)
+    assert same(mnist(root=tiny_mnist), mnist(0, root=tiny_mnist))
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='Windows folders have no write bit')
@@ -190,7 +193,47 @@ def test_npz_errors(tmp_path):
     np.savez(tmp_path / 'names.npz', pictures=np.zeros(3), labels=np.zeros(3))
     with pytest.raises(ValueError, match="array 'images'; got pictures, labels"): load('names.npz')
     np.savez(tmp_path / 'short.npz', images=np.zeros((3, 4, 4)), labels=np.zeros(2))
-    with pytest.raises(ValueError, match=r'labels \(n,\); got .* and \(2,\)'): load('short.npz')
+    words = r'must have labels, one each .*got \(2,\)'
+    with pytest.raises(ValueError, match=words): load('short.npz')
+
+
+@pytest.mark.parametrize('shape, hint', [
+    ((9, 3, 28, 28), 'channels come last; save images.transpose'), ((9, 1, 8, 8), 'channels come'),
+    ((9, 3, 5, 3), 'channels come last'), ((9, 28, 28, 28), 'up to 4 channels'), ((9, 784), 'got'),
+    ((9,), 'got'), ((), 'got')])
+def test_npz_of_another_order_is_refused(tmp_path, shape, hint):
+    np.savez(tmp_path / 'a.npz', images=np.zeros(shape), labels=np.arange(9))
+    with pytest.raises(ValueError, match=f'a.npz must have images .*{hint}'):
+        from_npz(tmp_path / 'a.npz', normal=0)
+
+
+@pytest.mark.parametrize('labels, words', [
+    ([0, 1, -1], 'labels in .*a.npz must be from 0 to 1, .*got -1 at 2'), ([0, 1, 2], 'got 2 at 2'),
+    ([0, 1, .5], 'got 0.5 at 2'), ([0, 1, np.nan], 'got nan at 2'),
+    (['cat', 'dog', 'cow'], 'must be one of cat, dog, .*got cow at 2'),
+    ([[0], [1], [0]], r'a.npz must have labels, one each .*got \(3, 1\)')])
+def test_npz_labels_are_of_a_class(tmp_path, labels, words):
+    x = np.random.default_rng(0).random((3, 5, 5))
+    np.savez(tmp_path / 'a.npz', images=x, labels=labels, classes=['cat', 'dog'])
+    with pytest.raises(ValueError, match=words): from_npz(tmp_path / 'a.npz', normal='cat')
+
+
+def test_npz_labels_of_any_type(tmp_path):
+    x, k = np.random.default_rng(0).random((40, 5, 5)), np.arange(40) % 2
+    names = np.array(['cat', 'dog'])
+    def load(labels, **more):
+        np.savez(tmp_path / 'a.npz', images=x, labels=labels, **more)
+        return from_npz(tmp_path / 'a.npz', normal='cat')
+    tasks = [load(labels, classes=names) for labels in (k, k == 1, k / 1., names[k])]
+    tasks += [load(names[k]), load(names[k].astype('S'))]
+    assert all(same(t, tasks[0]) for t in tasks) and set(tasks[0].kinds_test) == {'normal', 'dog'}
+    with pytest.raises(ValueError, match=r'labels in .*a.npz\[3\] must be a name .*got .*nan'):
+        load(np.where(np.arange(40) == 3, np.nan, k))
+    with pytest.raises(ValueError, match="classes in .*must be different names; got 'cat' twice"):
+        load(k, classes=['cat', 'cat'])
+    with pytest.raises(ValueError, match=r'images in .*a.npz must be in \[0, 1\]'):
+        np.savez(tmp_path / 'a.npz', images=255 * x, labels=k)
+        from_npz(tmp_path / 'a.npz', normal=1)
 
 
 def save(a, path):
@@ -220,14 +263,155 @@ def test_read_image(tmp_path):
         read_image(tmp_path / 'a.png', channels=2)
 
 
+@pytest.mark.parametrize('tag', range(1, 9))
+@pytest.mark.parametrize('ending', ['jpg', 'png', 'tif', 'webp'])
+def test_a_picture_is_turned_with_its_mask(tmp_path, ending, tag):
+    """The mask is painted on what people see; the camera stored it in another way."""
+    seen = np.zeros((24, 32), np.uint8)
+    seen[2:9, 3:12] = 255
+    how = Image.Transpose
+    back = {6: how.ROTATE_90, 8: how.ROTATE_270, 5: how.TRANSPOSE, 7: how.TRANSVERSE,
+            3: how.ROTATE_180, 2: how.FLIP_LEFT_RIGHT, 4: how.FLIP_TOP_BOTTOM}
+    stored, exif = Image.fromarray(seen), Image.Exif()
+    if tag in back: stored = stored.transpose(back[tag])
+    exif[0x0112] = tag
+    folder = tmp_path / 'set'
+    for part in ('train/good', 'test/bad', 'ground_truth/bad'): (folder / part).mkdir(parents=True)
+    stored.save(folder / f'test/bad/0.{ending}', exif=exif)
+    save(photo(0, 24, 32), folder / 'train/good/0.png')
+    save(seen // 255, folder / 'ground_truth/bad/0_mask.png')
+    x = read_image(folder / f'test/bad/0.{ending}', channels=1)[0]
+    assert np.abs(x.astype(int) - seen).mean() < 3
+    assert datasets._header(folder / f'test/bad/0.{ending}')[1] == (24, 32)
+    t = from_folder(folder, size=(24, 32), channels=1)
+    assert (t.x_test[0, 0] > 127)[t.masks_test[0]].mean() > .9
+    assert read_mask(folder / f'test/bad/0.{ending}')[1] == (24, 32)
+
+
+def deep_png(a):
+    """An array `(h, w, c)` of 16 bits as the bytes of a PNG file, which Pillow cannot write."""
+    part = lambda t, d: struct.pack('>I', len(d)) + t + d + struct.pack('>I', zlib.crc32(t + d))
+    head = struct.pack('>IIBBBBB', a.shape[1], a.shape[0], 16, {1: 0, 2: 4, 3: 2, 4: 6}[a.shape[2]],
+                       0, 0, 0)
+    rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in a)
+    return (b'\x89PNG\r\n\x1a\n' + part(b'IHDR', head) + part(b'IDAT', zlib.compress(rows))
+            + part(b'IEND', b''))
+
+
+def deep_tif(a):
+    """The same as a TIFF file without compression."""
+    h, w, c = a.shape
+    tags = [(256, 3, 1, w), (257, 3, 1, h), (258, 3, c, 8), (259, 3, 1, 1), (262, 3, 1, 2),
+            (273, 4, 1, 200), (277, 3, 1, c), (278, 3, 1, h), (279, 4, 1, a.size * 2)]
+    bits = struct.pack(f'<{c}H', *[16] * c)
+    head = b'II*\0' + struct.pack('<I', 8 + len(bits)) + bits
+    body = struct.pack('<H', len(tags)) + b''.join(struct.pack('<HHII', *t) for t in tags)
+    return (head + body + b'\0' * 4).ljust(200, b'\0') + a.astype('<u2').tobytes()
+
+
+@pytest.mark.parametrize('name, blob', [
+    *((f'{c}.png', deep_png(np.full((4, 4, c), 700))) for c in (1, 2, 3, 4)),
+    ('color.tif', deep_tif(np.full((4, 4, 3), 700))),
+    ('color.ppm', b'P6 4 4 65535\n' + b'\2' * 96), ('gray.pgm', b'P5 4 4 65535\n' + b'\2' * 32)])
+def test_sixteen_bits_are_refused(tmp_path, name, blob):
+    (tmp_path / name).write_bytes(blob)
+    with pytest.raises(ValueError, match=f'{name} must have 8 bits a channel; got .*cut off'):
+        read_image(tmp_path / name)
+
+
+def test_what_pillow_would_cut_is_refused(tmp_path):
+    first, second = (Image.fromarray(photo(i, c=3)) for i in range(2))
+    for name in ('a.tif', 'a.gif', 'a.webp', 'a.png'):
+        first.save(tmp_path / name, save_all=True, append_images=[second])
+        for read in (read_image, read_mask):
+            with pytest.raises(ValueError, match=f'{name} must hold one picture; got 2 pages'):
+                read(tmp_path / name)
+    first.save(tmp_path / 'phone.jpg', 'MPO', save_all=True, append_images=[second])
+    assert read_image(tmp_path / 'phone.jpg').shape == (3, 20, 20)      # a preview is no page
+    clear = photo(0, 4, 4, 3)
+    clear = np.dstack([clear, np.full((4, 4), 255, np.uint8)])
+    save(clear, tmp_path / 'opaque.png')
+    assert np.array_equal(read_image(tmp_path / 'opaque.png'), np.moveaxis(clear[..., :3], -1, 0))
+    clear[0, 0, 3] = 0
+    save(clear, tmp_path / 'clear.png')
+    with pytest.raises(ValueError, match='clear.png must be opaque; got transparent'):
+        read_image(tmp_path / 'clear.png')
+
+
+@pytest.mark.parametrize('limit', [100, 180])       # an error, and a warning that a program raises
+@pytest.mark.filterwarnings('error')
+def test_a_huge_picture_is_named(tmp_path, monkeypatch, limit):
+    save(photo(0), tmp_path / 'good/huge.png')
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', limit)
+    for read in (read_image, read_mask):
+        with pytest.raises(ValueError, match='huge.png must be smaller; .*MAX_IMAGE_PIXELS'):
+            read(tmp_path / 'good/huge.png')
+    with pytest.raises(ValueError, match='huge.png must be smaller'): from_folder(tmp_path)
+
+
+# masks
+
+SPOT = np.zeros((16, 16), bool)
+SPOT[4:9, 6:12] = True
+
+
+def painted(how):
+    """The spot as people store it."""
+    spot, zero = SPOT.astype(np.uint8), np.zeros_like(SPOT, np.uint8)
+    stack = lambda *a: Image.fromarray(np.stack(a, -1))
+    if how == 'palette':
+        image = Image.fromarray(spot)
+        image.putpalette([0, 0, 0, 128, 0, 0])
+        return image
+    if how == 'white first':                # a palette in which the paint is number 0
+        image = Image.fromarray(1 - spot)
+        image.putpalette([255, 255, 255, 0, 0, 0])
+        return image
+    return {'one bit': Image.fromarray(SPOT), 'ones': Image.fromarray(spot),
+            'gray': Image.fromarray(spot * 100), 'white': Image.fromarray(spot * 255),
+            '16 bits': Image.fromarray(spot.astype(np.uint16)), 'float': Image.fromarray(spot / 2),
+            '32 bits': Image.fromarray(spot.astype(np.int32) * 70_000),
+            'blue': stack(zero, zero, spot), 'opaque': stack(spot, zero, zero, zero + 255),
+            'on nothing': stack(zero + 255, zero, zero, spot * 255),
+            'black on nothing': stack(zero, zero, zero, spot * 255),
+            'gray and alpha': stack(zero, spot * 9)}[how]
+
+
+@pytest.mark.parametrize('how, ending', [
+    *((how, 'png') for how in ('palette', 'white first', 'one bit', 'ones', 'gray', 'white',
+      '16 bits', 'blue', 'opaque', 'on nothing', 'black on nothing', 'gray and alpha')),
+    *((how, 'tif') for how in ('float', '32 bits', 'ones', '16 bits')),
+    ('white', 'jpg'), ('gray', 'jpg'), ('white', 'webp'), ('ones', 'bmp'), ('palette', 'gif'),
+    ('gray', 'pgm')])
+def test_whatever_is_painted_counts(tmp_path, how, ending):
+    image, file = painted(how), tmp_path / f'mask.{ending}'
+    image.save(file, **({'compression': None} if ending == 'tif' and how == 'float' else {}))
+    assert np.array_equal(read_mask(file)[0], SPOT)
+
+
+def test_two_grays_are_two_defects_and_an_edge_is_a_choice(tmp_path):
+    m = SPOT * np.uint8(255)
+    m[0, 0], m[12:, 12:] = 1, 60
+    save(m, tmp_path / 'm.png')
+    assert read_mask(tmp_path / 'm.png')[0].sum() == SPOT.sum() + 1 + 16
+    assert read_mask(tmp_path / 'm.png', above=127)[0].sum() == SPOT.sum()
+    both = np.zeros((4, 4, 4), np.uint8)
+    both[0], both[1] = (0, 0, 0, 255), (255, 0, 0, 255)
+    save(both, tmp_path / 'both.png')
+    with pytest.raises(ValueError, match='both.png must be painted on black or on a transparent'):
+        read_mask(tmp_path / 'both.png')
+    (tmp_path / 'deep.png').write_bytes(deep_png(np.full((4, 4, 3), 7)))
+    with pytest.raises(ValueError, match='must have 8 bits'): read_mask(tmp_path / 'deep.png')
+
+
 def test_masks_are_never_lost(tmp_path):
     m = np.zeros((64, 64), np.uint8)
     m[1, 1] = 255                             # the nearest pixel of an 8x8 grid misses it
     save(m, tmp_path / 'm.png')
     mask, shape = read_mask(tmp_path / 'm.png', 8)
     assert shape == (64, 64) and mask.sum() == 1 and mask[0, 0]
-    save(np.minimum(m, 127), tmp_path / 'soft.png')
-    assert not read_mask(tmp_path / 'soft.png', 8)[0].any()
+    save(np.minimum(m, 1), tmp_path / 'faint.png')
+    assert read_mask(tmp_path / 'faint.png', 8)[0].sum() == 1
 
 
 def test_image_files(tmp_path):
@@ -237,8 +421,164 @@ def test_image_files(tmp_path):
     batch = next(iter(loader))
     assert batch.shape == (4, 3, 8, 12) and batch.dtype == torch.uint8
     assert np.array_equal(files[2], read_image(tmp_path / '2.png', (8, 12)))
+    assert ImageFiles(tmp_path).paths == ImageFiles(str(tmp_path)).paths == files.paths
     (tmp_path / '1.png').write_bytes(b'no')
     with pytest.raises(ValueError, match='1.png'): files[1]
+    for paths in ('/nowhere', tmp_path / '0.png', []):
+        with pytest.raises(FileNotFoundError): ImageFiles(paths)
+    for wrong in (dict(size=0), dict(channels=2)):
+        with pytest.raises(ValueError, match='must be'): ImageFiles(tmp_path, **wrong)
+
+
+# folders
+
+def test_what_is_a_picture(tmp_path):
+    names = ['a.PNG', 'b.webp', 'c.ppm', 'd.pgm', 'e.gif', 'f.jfif', 'g.Tif', 'h.bmp', 'i.jpeg']
+    for i, name in enumerate(names):
+        Image.fromarray(photo(i)).save(tmp_path / name, name == 'f.jfif' and 'jpeg' or None)
+    for name in ('._a.PNG', '.DS_Store', 'notes.txt', 'table.h5'): (tmp_path / name).touch()
+    for name in ('.ipynb_checkpoints', '__MACOSX'):
+        save(photo(99), tmp_path / name / 'a.png')
+    t = from_folder(tmp_path, size=20, test_fraction=0)
+    assert len(t.x_train) == 9 == len(ImageFiles(tmp_path)) and t.shape[0] in (1, 3)
+    assert t.protocol.endswith('passed over: notes.txt, table.h5; seed 0')
+
+
+def test_hidden_files_are_passed_over_everywhere(category):
+    whole = mvtec(category, size=20)
+    truth = 'ground_truth', 'ground_truth/bent'
+    for part in ('', 'train', 'train/good', 'test', 'test/bent', *truth):
+        for hidden in ('.ipynb_checkpoints', '__MACOSX'):
+            save(photo(1), category / part / hidden / '000.png')
+        for hidden in ('._000.png', '.DS_Store', '._000_mask.png'):
+            (category / part / hidden).write_bytes(b'x')
+    assert same(mvtec(category, size=20), whole)
+
+
+def test_names_of_masks_are_compared_as_seen(category):
+    one, two = (unicodedata.normalize(form, 'é') for form in ('NFC', 'NFD'))
+    (category / 'test/bent/000.png').rename(category / f'test/bent/{one}.png')
+    mask = category / 'ground_truth/bent/000_mask.png'
+    mask.rename(mask.with_name(f'{two}_mask.PNG'))
+    for part, name in (('test', one), ('ground_truth', two)):
+        (category / part / 'cut').rename(category / part / name)
+    t = mvtec(category, size=20)
+    assert t.masks_test.any((1, 2)).sum() == 6 and set(t.kinds_test) == {'normal', 'bent', one}
+    save(np.ones((20, 20), np.uint8), category / f'ground_truth/bent/{one}_mask.bmp')
+    with pytest.raises(ValueError, match='.png must have one mask; got .*_mask'): mvtec(category)
+
+
+def test_an_empty_mask_is_an_error(category):
+    file = category / 'ground_truth/cut/001_mask.png'
+    save(np.zeros((20, 20), np.uint8), file)
+    with pytest.raises(ValueError, match='001_mask.png must mark a pixel.*cut/001.png is cut'):
+        mvtec(category)
+    save(np.ones((20, 20), np.uint8), file)
+    save(np.zeros((20, 20), np.uint8), category / 'ground_truth/good/001_mask.png')
+    assert mvtec(category).masks_test.any((1, 2)).sum() == 6
+    save(np.ones((20, 20), np.uint8), category / 'ground_truth/good/001_mask.png')
+    with pytest.raises(ValueError, match='001_mask.png must be empty, as .*001.png is normal'):
+        mvtec(category)
+
+
+def test_a_split_without_masks_or_test(category):
+    whole = mvtec(category, size=20)
+    shutil.rmtree(category / 'ground_truth')
+    bare = from_folder(category, size=20)
+    assert bare.masks_test is None and np.array_equal(bare.x_test, whole.x_test)
+    (category / 'test/good').rename(category / 'test/OK')
+    assert pixels(from_folder(category, size=20).x_test) == pixels(whole.x_test)
+    shutil.rmtree(category / 'test/OK')
+    t = from_folder(category, size=20)
+    assert (t.y_test == 0).sum() + len(t.x_train) == 5 and t.y_test.sum() == 6
+    assert '0.3 of the normal images held out' in t.protocol
+    shutil.rmtree(category / 'test')
+    t = from_folder(category, size=20)
+    assert len(t.x_train) + len(t.x_test) == 5 and len(t.x_test) and not t.y_test.any()
+    check_apart(t)
+    for file in (category / 'train/good').iterdir(): file.rename(category / 'train' / file.name)
+    (category / 'train/good').rmdir()
+    assert same(from_folder(category, size=20), t)
+
+
+def test_kinds_side_by_side(category, tmp_path):
+    whole, own = mvtec(category, size=20), tmp_path / 'own'
+    own.mkdir()
+    (category / 'train/good').rename(own / 'Normal')
+    (category / 'test/bent').rename(own / 'bent')
+    t = from_folder(own, size=20)
+    assert t.unseen == ('bent',) and t.masks_test is None and 'side by side' in t.protocol
+    assert len(t.x_train) + (t.y_test == 0).sum() == 5 and t.y_test.sum() == 3
+    check_apart(t)
+    (category / 'test/cut').rename(own / 'cut')
+    (own / 'anomaly').mkdir()
+    for kind in ('bent', 'cut'): (own / kind).rename(own / 'anomaly' / kind)
+    assert from_folder(own, size=20).unseen == ('bent', 'cut')
+    truth = category / 'ground_truth'
+    for kind in ('bent', 'cut'):            # beside their pictures, and then in a folder
+        for file in sorted((truth / kind).iterdir()): shutil.copy(file, own / 'anomaly' / kind)
+    beside = from_folder(own, size=20)
+    for file in (own / 'anomaly').rglob('*_mask.png'): file.unlink()
+    truth.rename(own / 'masks')
+    for t in (beside, from_folder(own, size=20)):
+        marks = {i.tobytes(): m for i, m in zip(whole.x_test, whole.masks_test)}
+        anomalies = zip(t.x_test[t.y_test == 1], t.masks_test[t.y_test == 1])
+        assert t.y_test.sum() == 6 and all((marks[i.tobytes()] == m).all() for i, m in anomalies)
+    assert same(beside, from_folder(own, size=20))
+    (own / 'Normal').rename(own / 'fine')
+    assert len(from_folder(own, size=20, normal='fine').x_test) == len(beside.x_test)
+    (own / 'masks/bent/000_mask.png').unlink()
+    with pytest.raises(FileNotFoundError, match='bent/000.png must have a mask.*no .*masks/bent'):
+        from_folder(own, normal='fine')
+
+
+def test_what_is_passed_over_is_said(category):
+    save(photo(50), category / 'validation/good/0.png')
+    save(photo(51), category / 'train/bad/0.png')
+    save(np.ones((20, 20), np.uint8), category / 'ground_truth/cut/lost_mask.png')
+    (category / 'test/cut/notes.txt').write_text('')
+    said = mvtec(category, size=20).protocol.partition('passed over: ')[2]
+    for name in ('validation/', 'train/bad/0.png', 'test/cut/notes.txt'): assert name in said
+    assert 'and 1 more' in said
+
+
+@pytest.mark.parametrize('paths, words', [
+    ([], 'got nothing. Understood are'), (['notes.txt'], 'got notes.txt. Understood'),
+    (['cat/a.png', 'dog/b.png'], 'got 0 normal folders among cat/, dog/. Understood'),
+    (['good/a.png', 'OK/b.png'], 'got 2 normal folders among OK/, good/'),
+    (['a.png', 'bad/b.png'], 'got a.png, bad/. Understood'),
+    (['test/good/a.png', 'test/bad/b.png'], 'got test/. Understood'),
+    (['train/good/a.png', 'test/a.png'], 'test must have a layout .* got a.png'),
+    (['train/a.png', 'train/good/b.png'], 'train must have a layout .*got a.png, good/'),
+    (['train/cat/a.png'], 'train must have .*got 0 normal folders among cat/'),
+    (['train/good/a.png', 'test/good/b.png', 'test/ok/c.png'], 'test must .*got 2 normal folders'),
+    (['good/a.png', 'bad/normal/b.png'], 'must have another name, as a kind of anomaly')])
+def test_other_layouts_are_refused_with_those_understood(tmp_path, paths, words):
+    for i, path in enumerate(paths):
+        if path.endswith('png'): save(photo(i), tmp_path / path)
+        else: (tmp_path / path).touch()
+    with pytest.raises(ValueError, match=words): from_folder(tmp_path)
+
+
+@pytest.mark.parametrize('how, words', [
+    (dict(size=0), 'size must be'), (dict(channels=2), 'channels must be 1 or 3; got 2'),
+    (dict(test_fraction=-1), 'test_fraction must be from 0 to 1'),
+    (dict(reserve_per_kind=-1), 'reserve_per_kind must be a whole number'),
+    (dict(reserve_per_kind=.5), 'got 0.5'), (dict(normal='fine'), 'got 0 normal folders')])
+def test_from_folder_checks_its_arguments(category, how, words):
+    with pytest.raises(ValueError, match=words): from_folder(category, **how)
+    with pytest.raises(FileNotFoundError, match='nowhere must be a folder'): from_folder('nowhere')
+
+
+def test_one_folder_of_pictures_is_split_by_pixels(tmp_path):
+    for i in range(10): save(photo(i // 2), tmp_path / f'{i}.png')      # each picture twice
+    tasks = [from_folder(tmp_path, size=20, seed=seed) for seed in (0, 0, 1)]
+    assert same(*tasks[:2]) and not same(*tasks[1:])
+    for t in tasks:
+        check_apart(t)
+        assert len(t.x_train) + len(t.x_test) == 10 and len(t.x_test) % 2 == 0
+    with pytest.raises(ValueError, match='test_fraction must leave images; got 1'):
+        from_folder(tmp_path, test_fraction=1)
 
 
 @pytest.fixture
@@ -347,6 +687,11 @@ def pack(folder, prefix=''):
 def test_magnetic_tile_folder_and_zip(tiles, monkeypatch):
     load = lambda path=None: magnetic_tile(path, size=16, reserve=.4)
     t = load(tiles)
+    (tiles / '__MACOSX/MT_Free/Imgs').mkdir(parents=True)
+    for name in ('__MACOSX/MT_Free/Imgs/a.jpg', 'MT_Free/Imgs/._exp1_num_0.jpg'):
+        (tiles / name).write_bytes(b'x')
+    one = tiles / 'MT_Blowhole/Imgs/exp1_num_20000.jpg'
+    for ending in ('.jpg', '.png'): one.with_suffix(ending).rename(one.with_suffix(ending.upper()))
     assert same(t, load(pack(tiles))) and same(t, load(pack(tiles, 'master/')))
     monkeypatch.setenv('AD_COURSE_DATA', str(tiles.parent))
     assert same(t, load())
