@@ -13,6 +13,16 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from .data import check_images, digests
 
 # %% ../nbs/0_foundations/03a_batches.ipynb #00000008
+class _Claimed:
+    """A read-only array under another flag: PyTorch warns of those, and we never write to one.
+
+    To silence the warning instead would change the filters of all threads for a while.
+    """
+    def __init__(self, x):
+        self.x, start = x, x.__array_interface__['data'][0]   # x: kept alive
+        self.__array_interface__ = x.__array_interface__ | dict(data=(start, False))
+
+
 def as_tensor(x, what='x', first=0):
     """Checked images (n, c, h, w) on the CPU, uint8 or float32 in [0, 1]; no copy where possible.
 
@@ -23,9 +33,8 @@ def as_tensor(x, what='x', first=0):
         x = (x.detach().float() if x.is_floating_point() else x.detach()).cpu().numpy()
     x = check_images(x, what, first)
     dtype = np.uint8 if x.dtype == np.uint8 else np.float32
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'The given NumPy array is not writable')  # we never write
-        return torch.from_numpy(np.ascontiguousarray(x, dtype))
+    x = np.ascontiguousarray(x, dtype)
+    return torch.from_numpy(x if x.flags.writeable else np.asarray(_Claimed(x)))
 
 # %% ../nbs/0_foundations/03a_batches.ipynb #0000000d
 def index_batches(n, size, rng=None):
@@ -33,7 +42,8 @@ def index_batches(n, size, rng=None):
 
     A last batch of one joins the batch before it.
     """
-    order = torch.arange(n) if rng is None else torch.randperm(n, generator=rng)
+    here = dict(device='cpu')   # whatever default the program has set
+    order = torch.arange(n, **here) if rng is None else torch.randperm(n, generator=rng, **here)
     batches = list(order.split(int(size)))
     if len(batches) > 1 and len(batches[-1]) == 1: batches[-2:] = [torch.cat(batches[-2:])]
     return batches
@@ -53,7 +63,8 @@ class Memory:
     """Images (and labels) held on the device: `batches` slices them there."""
     def __init__(self, x, y=None, device='cpu'):
         self.x, self.device = as_tensor(x).to(device), device
-        self.y = torch.zeros(len(self.x), dtype=torch.long) if y is None else y
+        none = lambda: torch.zeros(len(self.x), dtype=torch.long, device='cpu')
+        self.y = none() if y is None else y
         self.shape = tuple(self.x.shape[1:])
 
     def __len__(self): return len(self.x)
@@ -106,14 +117,15 @@ class Disk:
             if label not in (0, 1):
                 raise ValueError('labels of a Dataset must be 0 (normal) or 1 (anomaly); '
                                  f'got {label!r} for item {int(i)}')
-        return torch.cat(x), torch.tensor([int(label) for label in y])
+        return torch.cat(x), torch.tensor([int(label) for label in y], device='cpu')
 
     def batches(self, size, rng=None):
         """As `Memory.batches`; only a batch (times the workers) is held at once."""
         chunks = _Chunks(self, [b.tolist() for b in index_batches(len(self), size, rng)])
         loader = DataLoader(chunks, batch_size=None, num_workers=self.workers,
                             generator=torch.Generator())   # or it would draw from the global one
-        for x, y in loader: yield to_batch(x, self.device), y.to(self.device)
+        with torch.device('cpu'): read = iter(loader)   # it draws on the program's default device
+        for x, y in read: yield to_batch(x, self.device), y.to(self.device)
 
 # %% ../nbs/0_foundations/03a_batches.ipynb #0db377d9
 class FeatureRows:
