@@ -539,6 +539,7 @@ if __name__ == '__main__':
         warnings.simplefilter('always')
         d = Telling(epochs=10**6, batch_size=8, width=2, code_dim=3, workers=2, verbose=False)
         d.fit(Images())
+    Telling.__module__ = sys.argv[2]   # as if it had been imported from there
     assert any('interrupted' in str(w.message) for w in caught), [str(w.message) for w in caught]
     d.save(sys.argv[1])
     scores = d.decision_function(Images()).tobytes()
@@ -561,7 +562,7 @@ class Telling(AE):
 @pytest.mark.skipif(os.name != 'posix', reason='a signal to a group of processes is of POSIX')
 def test_control_c_in_another_process_and_bit_equal_scores_in_this_one(tmp_path):
     """As a terminal sends it: to the process and to the workers that read its Dataset."""
-    child = run_child(CHILD, tmp_path/'model', start_new_session=True)
+    child = run_child(CHILD, tmp_path/'model', Telling.__module__, start_new_session=True)
     try:
         assert child.stdout.readline().strip() == 'learning', child.stderr.read()
         os.killpg(child.pid, signal.SIGINT)

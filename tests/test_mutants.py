@@ -1,6 +1,7 @@
 """check_detector catches broken detectors by the promise that they break.
 
 Each mutant is a defect that some published code has, or had."""
+import signal
 from dataclasses import dataclass
 
 import numpy as np
@@ -253,6 +254,19 @@ class LabelsFlipped(SoundLabelled):
     def loss(self, xb, yb): return super().loss(xb, 1 - yb)
 
 
+class MainThreadOnly(Sound):
+    """Handles a signal while it trains, which Python allows in the main thread alone."""
+    def train(self, data):
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        super().train(data)
+
+
+class MindsTheDefaultDtype(Sound):
+    def decision_function(self, x):
+        s = super().decision_function(x)
+        return (torch.tensor(s.tolist()) / 3).numpy().astype('float32')
+
+
 MUTANTS = {
     NoBackward: 'learns',
     NoStep: 'learns',
@@ -288,6 +302,8 @@ MUTANTS = {
     SwappedArguments: 'labels_matter',
     IgnoresLabels: 'labels_matter',
     LabelsFlipped: 'higher_is_anomalous',
+    MainThreadOnly: 'threads_do_not_matter',
+    MindsTheDefaultDtype: 'defaults_do_not_matter',
 }
 
 
