@@ -6,7 +6,8 @@
 __all__ = ['as_tensor', 'index_batches', 'to_batch', 'Memory', 'Disk', 'FeatureRows', 'OnlyNormal', 'Cleaned', 'warn_of_overlap']
 
 # %% ../nbs/0_foundations/03a_batches.ipynb #00000005
-import warnings
+import io, multiprocessing, pickle, sys, warnings
+from types import FunctionType
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -76,10 +77,11 @@ class Memory:
             yield to_batch(self.x[on_device], self.device), self.y[index].to(self.device)
 
 # %% ../nbs/0_foundations/03a_batches.ipynb #00000013
-class _Chunks(Dataset):
-    def __init__(self, disk, chunks): self.disk, self.chunks = disk, chunks
-    def __len__(self): return len(self.chunks)
-    def __getitem__(self, i): return self.disk.read(self.chunks[i])
+class _Orders:
+    """What a `DataLoader` walks over, epoch after epoch: lists of indices, exchanged in between."""
+    order = ()
+    def __iter__(self): return iter(self.order)
+    def __len__(self): return len(self.order)
 
 
 def _one_image(item, i):
@@ -88,24 +90,16 @@ def _one_image(item, i):
     image = image if hasattr(image, 'shape') else np.asarray(image)
     return as_tensor(image[None], 'the Dataset', i), rest
 
-# %% ../nbs/0_foundations/03a_batches.ipynb #00000014
-class Disk:
-    """Images of a `Dataset`, read when needed: items are images (c, h, w) or (image, label)."""
-    def __init__(self, dataset, y=None, device='cpu', workers=0, labelled=False):
-        if isinstance(dataset, IterableDataset):
-            raise TypeError('a Dataset needs __len__ and __getitem__; '
-                            'an IterableDataset has no order to shuffle')
-        self.dataset, self.y, self.device = dataset, y, device
-        self.workers, self.labelled = workers, labelled
-        if not len(dataset): raise ValueError('the Dataset is empty')
-        self.shape = tuple(self.read([0])[0].shape[1:])
+# %% ../nbs/0_foundations/03a_batches.ipynb #75b28a57
+class _Reader(Dataset):
+    """A Dataset's items as whole batches, checked: `self[index]`."""
+    def __init__(self, dataset, y, labelled):
+        self.dataset, self.y, self.labelled = dataset, y, labelled
+        self.like = _one_image(dataset[0], 0)[0][:0]
 
-    def __len__(self): return len(self.dataset)
-
-    def read(self, index):
-        """Images (b, c, h, w) and labels (b,) at these positions, checked."""
+    def __getitem__(self, index):
+        """Images (b, c, h, w) and labels (b,) at these positions."""
         x, rest = zip(*(_one_image(self.dataset[int(i)], i) for i in index))
-        self.like = getattr(self, 'like', x[0][:0])
         for i, one in zip(index, x):
             if one.shape[1:] != self.like.shape[1:] or one.dtype != self.like.dtype:
                 says = lambda t: f'{tuple(t.shape[1:])} {t.dtype}'
@@ -119,13 +113,71 @@ class Disk:
                                  f'got {label!r} for item {int(i)}')
         return torch.cat(x), torch.tensor([int(label) for label in y], device='cpu')
 
+# %% ../nbs/0_foundations/03a_batches.ipynb #00000014
+class Disk:
+    """Images of a `Dataset`, read when needed: items are images (c, h, w) or (image, label).
+
+    workers: processes that read; they live as long as this source. Raises ValueError for an empty
+    Dataset, and where processes that start anew (Windows, macOS) could not make it again."""
+    def __init__(self, dataset, y=None, device='cpu', workers=0, labelled=False):
+        if isinstance(dataset, IterableDataset):
+            raise TypeError('a Dataset needs __len__ and __getitem__; '
+                            'an IterableDataset has no order to shuffle')
+        self.dataset, self.device, self.workers, self.loader = dataset, device, workers, None
+        if not len(dataset): raise ValueError('the Dataset is empty')
+        if workers: _check_sent(dataset)
+        self.reader = _Reader(dataset, y, labelled)
+        self.shape = tuple(self.reader.like.shape[1:])
+
+    def __len__(self): return len(self.dataset)
+
     def batches(self, size, rng=None):
         """As `Memory.batches`; only a batch (times the workers) is held at once."""
-        chunks = _Chunks(self, [b.tolist() for b in index_batches(len(self), size, rng)])
-        loader = DataLoader(chunks, batch_size=None, num_workers=self.workers,
-                            generator=torch.Generator())   # or it would draw from the global one
-        with torch.device('cpu'): read = iter(loader)   # it draws on the program's default device
-        for x, y in read: yield to_batch(x, self.device), y.to(self.device)
+        order = [b.tolist() for b in index_batches(len(self), size, rng)]
+        # Taken away while in use: a second walk beside this one gets processes of its own.
+        loader, self.loader = self.loader or self._new_loader(), None
+        loader.sampler.order = order
+        try:
+            with torch.device('cpu'): read = iter(loader)   # it draws on the program's default
+            for x, y in read: yield to_batch(x, self.device), y.to(self.device)
+        except RuntimeError as e:
+            if 'DataLoader worker' not in str(e): raise
+            raise RuntimeError(f'a process that reads the Dataset has ended (workers='
+                               f'{self.workers}): for lack of memory, or in an error that '
+                               f'workers=0 would show') from e
+        self.loader = loader
+
+    def _new_loader(self):
+        own = torch.Generator()                          # or it would draw from the global one
+        return DataLoader(self.reader, batch_size=None, sampler=_Orders(), generator=own,
+                          num_workers=self.workers, persistent_workers=self.workers > 0)
+
+# %% ../nbs/0_foundations/03a_batches.ipynb #bcdcd55b
+class _Sent(pickle.Pickler):
+    """Pickles into nothing, and notes the classes and functions of the notebook on its way."""
+    def __init__(self):
+        super().__init__(type('', (io.RawIOBase,), dict(write=lambda self, data: len(data)))())
+        self.own = set()
+
+    def reducer_override(self, thing):
+        own = isinstance(thing, (type, FunctionType)) and thing.__module__ == '__main__'
+        if own: self.own.add(thing.__qualname__)
+        return NotImplemented
+
+
+def _check_sent(dataset):
+    """ValueError where a process that starts anew could not make the Dataset again."""
+    start = multiprocessing.get_start_method(allow_none=True)      # asking must not choose one
+    if (start or multiprocessing.get_all_start_methods()[0]) == 'fork': return
+    sent, why = _Sent(), ''
+    try: sent.dump(dataset)
+    except Exception as e: why = f'{type(e).__name__}: {e}'
+    if hasattr(sys.modules['__main__'], '__file__'): sent.own = set()   # it will be imported
+    if sent.own: why = f'{", ".join(sorted(sent.own))} is defined in the notebook or at the prompt'
+    if why:
+        raise ValueError(f'workers must be 0 for this Dataset ({type(dataset).__name__}): on this '
+                         f'system the processes start anew and cannot make it again: {why}. Or '
+                         'put what it needs into a .py file and import it')
 
 # %% ../nbs/0_foundations/03a_batches.ipynb #0db377d9
 class FeatureRows:

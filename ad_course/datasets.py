@@ -424,18 +424,27 @@ class ImageFiles(torch.utils.data.Dataset):
     """Images read from files when they are asked for: `self[i]` is `(c, h, w)` uint8.
 
     paths: a folder, whose pictures are taken in order of their names, or a list of files.
-    size, channels and errors: as in `read_image`; FileNotFoundError also where there is no file."""
-    def __init__(self, paths, size=256, channels=3):
+    size, channels and errors: as in `read_image`; FileNotFoundError also where there is no file.
+    keep: bytes of decoded images to hold, in all processes together; where not all of them fit,
+    none is held. A file that changes after it was held is not read again."""
+    def __init__(self, paths, size=256, channels=3, *, keep=2**30):
         _check_channels(channels)
         if size is not None: _size(size)
         if isinstance(paths, (str, os.PathLike)): paths = _pictures(paths)
         self.paths, self.size, self.channels = [str(p) for p in paths], size, channels
+        self.keep, self.held = keep, {}
         if not self.paths: raise FileNotFoundError('paths must be files; got an empty list')
 
     def __len__(self): return len(self.paths)
 
     def __getitem__(self, i):
-        return torch.from_numpy(np.array(read_image(self.paths[i], self.size, self.channels)))
+        i = range(len(self))[i]
+        if i in self.held: return torch.from_numpy(self.held[i].copy())
+        image = np.array(read_image(self.paths[i], self.size, self.channels))
+        here = torch.utils.data.get_worker_info()
+        processes = here.num_workers if here else 1
+        if image.nbytes * len(self) * processes <= self.keep: self.held[i] = image.copy()
+        return torch.from_numpy(image)
 
 def _pictures(folder):
     """The pictures of a folder, one or more, in order of their names."""

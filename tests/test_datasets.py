@@ -9,6 +9,7 @@ import torchvision
 from PIL import Image
 
 from ad_course import datasets
+from ad_course.batches import Disk
 from ad_course.data import contaminate, label_anomalies
 from ad_course.datasets import *
 
@@ -423,11 +424,40 @@ def test_image_files(tmp_path):
     assert np.array_equal(files[2], read_image(tmp_path / '2.png', (8, 12)))
     assert ImageFiles(tmp_path).paths == ImageFiles(str(tmp_path)).paths == files.paths
     (tmp_path / '1.png').write_bytes(b'no')
-    with pytest.raises(ValueError, match='1.png'): files[1]
+    with pytest.raises(ValueError, match='1.png'): ImageFiles(files.paths)[1]
     for paths in ('/nowhere', tmp_path / '0.png', []):
         with pytest.raises(FileNotFoundError): ImageFiles(paths)
     for wrong in (dict(size=0), dict(channels=2)):
         with pytest.raises(ValueError, match='must be'): ImageFiles(tmp_path, **wrong)
+
+
+@pytest.mark.parametrize('room, workers, decoded', [(0, 0, 12), (0, 1, 12), (1, 0, 4), (1, 1, 4)])
+def test_an_image_is_decoded_once_where_all_fit(tmp_path, monkeypatch, room, workers, decoded):
+    if workers and torch.multiprocessing.get_start_method() != 'fork': pytest.skip('no copy of us')
+    for i in range(4): save(photo(i), tmp_path / f'{i}.png')
+    log, read = tmp_path / 'log', datasets.read_image
+
+    def said(path, *rest):
+        with open(log, 'a') as out: out.write('x')
+        return read(path, *rest)
+
+    monkeypatch.setattr(datasets, 'read_image', said)
+    paths = sorted(tmp_path.glob('*.png'))
+    source = Disk(ImageFiles(paths, 8, 1, keep=4 * 64 - 1 + room), workers=workers)
+    log.write_text('')                                   # the source has looked at the first
+    if not workers: source.dataset.held.clear()
+    first, *others = (torch.cat([x for x, _ in source.batches(2)]) for _ in range(3))
+    assert len(log.read_text()) == decoded - (room and workers), 'a copy of us holds the first'
+    for x in others: assert torch.equal(x, first)
+
+
+def test_what_is_held_cannot_be_changed_from_outside(tmp_path):
+    save(photo(0), tmp_path / '0.png')
+    files = ImageFiles([tmp_path / '0.png'], 8, 1)
+    want = files[0].clone()
+    for _ in range(2): files[0].zero_()
+    assert torch.equal(files[-1], want) and torch.equal(files[np.int64(0)], want)
+    with pytest.raises(IndexError): files[1]
 
 
 # folders
