@@ -141,7 +141,7 @@ class Disk:
             with torch.device('cpu'): read = iter(loader)   # it draws on the program's default
             for x, y in read: yield to_batch(x, self.device), y.to(self.device)
         except RuntimeError as e:
-            if 'DataLoader worker' not in str(e): raise
+            if 'DataLoader worker (pid' not in str(e): raise
             raise RuntimeError(f'a process that reads the Dataset has ended (workers='
                                f'{self.workers}): for lack of memory, or in an error that '
                                f'workers=0 would show') from e
