@@ -364,7 +364,8 @@ def _naming(name):
         raise ValueError(f'{rule}; got: {found}: replace or delete it') from e
 
 # what Pillow raises for damaged files
-_BROKEN = OSError, SyntaxError, ValueError, LookupError, EOFError, struct.error, TypeError
+_BROKEN = (OSError, SyntaxError, ValueError, LookupError, EOFError, struct.error, TypeError,
+           RuntimeError, ArithmeticError)
 
 # %% ../nbs/0_foundations/01b_datasets.ipynb #e5d8cd01
 def read_mask(source, size=None, name=None, above=None):

@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ad_course import data
 from ad_course.data import *
 
+from .mutants import mutant
 from .tasks import check_apart, global_randomness_is_left_alone, no_smoke, pixels, quick, same, toy
 
 
@@ -122,6 +124,12 @@ def test_the_million_and_first_is_another_kind():
     t = one_class(x, ids, normal=1000001, test_fraction=0)
     assert len(t.x_train) == 20 and set(t.kinds_test) == {'1000002', '7'}
     assert same(t, one_class(x, ids.astype('f8'), normal=1000001., test_fraction=0))
+
+
+def test_rounded_names_are_caught():
+    rounded = lambda kind, what='': kind if isinstance(kind, str) else f'{float(kind):g}'
+    with mutant(data, _name=rounded), pytest.raises(AssertionError):
+        test_the_million_and_first_is_another_kind()
 
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf, None, 1j, [1]])

@@ -13,6 +13,7 @@ from ad_course.batches import Disk
 from ad_course.data import contaminate, label_anomalies
 from ad_course.datasets import *
 
+from .mutants import mutant
 from .tasks import check_apart, global_randomness_is_left_alone, no_smoke, pixels, same
 
 REAL = data_root()
@@ -318,6 +319,21 @@ def test_sixteen_bits_are_refused(tmp_path, name, blob):
     (tmp_path / name).write_bytes(blob)
     with pytest.raises(ValueError, match=f'{name} must have 8 bits a channel; got .*cut off'):
         read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize('form', ['PNG', 'JPEG', 'TIFF', 'BMP', 'GIF', 'WEBP', 'PPM', 'ICO', 'DDS'])
+@pytest.mark.filterwarnings('ignore')
+def test_damaged_files_are_read_or_named(form):
+    """Cut off anywhere, or with a few bytes of the head changed."""
+    rng, file = np.random.default_rng(0), io.BytesIO()
+    Image.fromarray(photo(0, c=3)).save(file, form)
+    for i in range(40):
+        damaged = bytearray(file.getvalue())
+        for _ in range(4): damaged[rng.integers(min(400, len(damaged)))] = rng.integers(256)
+        if i % 2: damaged = file.getvalue()[:rng.integers(len(damaged))]
+        for read in (read_image, read_mask):
+            try: read(io.BytesIO(bytes(damaged)), name='mine')
+            except ValueError as e: assert str(e).startswith('mine must')
 
 
 def test_what_pillow_would_cut_is_refused(tmp_path):
@@ -688,6 +704,33 @@ def test_mvtec_stand_in(monkeypatch):
     with pytest.raises(FileNotFoundError): mvtec('screw', root='nowhere')
     assert magnetic_tile(size=24).masks_test is not None
     assert mvtec('my_own', size=24).x_train.dtype == np.uint8
+
+
+def dark_is_empty(picture, name):
+    gray = np.asarray(picture.convert('L'))
+    return gray * (gray > 127)
+
+
+@pytest.mark.parametrize('broken, test, args', [
+    (dict(_paint=dark_is_empty), test_whatever_is_painted_counts, ('ones', 'png')),
+    (dict(_paint=dark_is_empty), test_whatever_is_painted_counts, ('palette', 'png')),
+    (dict(_sixteen_bits=lambda f: False), test_sixteen_bits_are_refused,
+     ('c.png', deep_png(np.full((4, 4, 3), 700)))),
+    (dict(_opaque=lambda picture: True), test_what_pillow_would_cut_is_refused, ()),
+    (dict(_suffixes=lambda: {'.png', '.jpg'}), test_what_is_a_picture, ()),
+    (dict(_hidden=lambda name: False), test_hidden_files_are_passed_over_everywhere, None),
+    (dict(_seen_name=lambda name: name), test_names_of_masks_are_compared_as_seen, None),
+    (dict(_own_mask=lambda image, path, size, kind: read_mask(path, size)[0]),
+     test_an_empty_mask_is_an_error, None),
+    (dict(_passed_over=lambda paths, folder: ''), test_what_is_passed_over_is_said, None),
+    (dict(_check_order=lambda x, path: None), test_npz_of_another_order_is_refused,
+     ((9, 3, 28, 28), 'channels come last')),
+    (dict(_named=lambda y, classes, path: classes[y]), test_npz_labels_are_of_a_class,
+     ([0, 1, -1], 'got -1 at 2'))], ids=lambda v: next(iter(v)) if isinstance(v, dict) else '')
+def test_the_old_ways_are_caught(broken, test, args, tmp_path, request):
+    args = (request.getfixturevalue('category'),) if args is None else (tmp_path, *args)
+    caught = AssertionError, ValueError, OSError, pytest.fail.Exception
+    with mutant(datasets, **broken), pytest.raises(caught): test(*args)
 
 
 @pytest.fixture
