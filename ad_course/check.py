@@ -7,8 +7,9 @@ __all__ = ['PROMISES', 'BrokenPromise', 'promise', 'global_state', 'Trial', 'che
            'explicit_parameters', 'fit_returns_self', 'refit_starts_anew', 'scores_are_numbers', 'higher_is_anomalous',
            'falling_losses', 'learns', 'same_twice', 'alone_as_in_a_batch', 'form_does_not_matter', 'empty_is_empty',
            'seed_decides', 'leaves_global_state', 'threads_do_not_matter', 'defaults_do_not_matter',
-           'threshold_from_training', 'save_and_load', 'bad_input_is_refused', 'constant_images_do_no_harm',
-           'loss_values', 'has_losses', 'images_do_not_mix', 'labels_matter', 'maps_are_images', 'check_detector']
+           'threshold_from_training', 'save_and_load', 'resumes_where_it_stopped', 'bad_input_is_refused',
+           'constant_images_do_no_harm', 'loss_values', 'has_losses', 'images_do_not_mix', 'labels_matter',
+           'maps_are_images', 'check_detector']
 
 # %% ../nbs/0_foundations/04a_check.ipynb #458ce9e9
 import contextlib, inspect, random, tempfile, threading
@@ -18,6 +19,7 @@ import torch
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from torch.nn import functional as F
+from .batches import as_tensor
 from .data import digits
 from .detector import Detector, isolated, load, progress_bar, to_json, total_loss
 from .metrics import auroc
@@ -74,17 +76,17 @@ class Trial:
     def sized(x, shape):
         """Images (n, 1, 8, 8) as (n, *shape)."""
         if x.shape[1:] == tuple(shape): return x
-        scaled = F.interpolate(torch.from_numpy(x), tuple(shape[1:]), mode='bilinear').clamp(0, 1)
+        scaled = F.interpolate(as_tensor(x), tuple(shape[1:]), mode='bilinear').clamp(0, 1)
         return scaled.repeat(1, shape[0], 1, 1).numpy()
 
     def fresh(self, **params):
         """An unfitted copy, with other parameters where wanted."""
         return clone(self.detector).set_params(verbose=False, **params)
 
-    def fit(self, detector, x=None, y=None):
+    def fit(self, detector, x=None, y=None, **kw):
         """Fit on images, by default those of the trial; with labels where they are used."""
         x, y = self.x if x is None else x, self.y if y is None else y
-        return detector.fit(x, y) if detector.uses_labels else detector.fit(x)
+        return detector.fit(x, y, **kw) if detector.uses_labels else detector.fit(x, **kw)
 
     def fitted(self, **params):
         """A fitted copy, made once for each choice of parameters."""
@@ -337,6 +339,27 @@ def save_and_load(t):
         raise AssertionError(f'the loaded detector cannot score: {e!r}; {why}') from e
     kept = np.array_equal(s, d.decision_function(x))
     check(kept, 'the loaded detector gives other scores; was a weight forgotten?')
+
+# %% ../nbs/0_foundations/04a_check.ipynb #bdd6bf8a
+@promise
+def resumes_where_it_stopped(t):
+    """A fit that goes on from a checkpoint gives what one without a pause gives, or is refused."""
+    few, stopped = (t.x[::4], t.y[::4]), t.fresh(epochs=2)
+    whole = t.fit(t.fresh(epochs=2), *few)
+    n, done, one_epoch = len(whole.history_.get('seconds', [])) // 2, [], stopped._epoch
+    def epoch(data, label):
+        if len(done) == n: raise ConnectionError('the machine is gone')
+        done.append(one_epoch(data, label))
+    stopped._epoch = epoch
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)/'run.safetensors'
+        try: t.fit(stopped, *few, checkpoint=path)
+        except ConnectionError: pass
+        except NotImplementedError as e: return check(len(str(e)) > 10, 'the error says too little')
+        again = t.fit(t.fresh(epochs=2), *few, checkpoint=path)
+    agree = np.array_equal(again.decision_function(t.normal), whole.decision_function(t.normal))
+    check(agree, f'stopped after {n} epochs and continued, the scores are others')
+    check(again.threshold_ == whole.threshold_, 'the threshold is another')
 
 # %% ../nbs/0_foundations/04a_check.ipynb #00000073
 @promise

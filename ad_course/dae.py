@@ -122,6 +122,7 @@ class SDAE(Stack):
     p: float = .3              # chance of a value to be zeroed
     sigma: float = .2          # standard deviation of the noise
     pretrain: float = .5       # share of the epochs for single layers, in equal parts; 0: none
+    resumes = True             # a layer hands on its weights, and nothing else
 
     def check_params(self):
         super().check_params()

@@ -153,6 +153,7 @@ class DeepSVDD(Detector):
     warm_up: int = 5               # epochs before the soft boundary gets a radius; until then 0
     center_guard: float = .1       # least absolute value of a component of the center
     collapse_below: float = .01    # warn where less than this share of the codes' spread is left
+    resumes = True                 # the phases hand on weights, center, radius and spread
 
     def check_params(self):
         super().check_params()

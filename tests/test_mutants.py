@@ -267,6 +267,17 @@ class MindsTheDefaultDtype(Sound):
         return (torch.tensor(s.tolist()) / 3).numpy().astype('float32')
 
 
+class CountsOutside(Sound):
+    """Its loss grows with the calls, which no file holds."""
+    def networks(self, shape):
+        type(self).calls = 0
+        return super().networks(shape)
+
+    def loss(self, xb):
+        type(self).calls += 1
+        return dict(reconstruction=self.errors(xb).mean() * (1 + self.calls))
+
+
 MUTANTS = {
     NoBackward: 'learns',
     NoStep: 'learns',
@@ -302,6 +313,7 @@ MUTANTS = {
     SwappedArguments: 'labels_matter',
     IgnoresLabels: 'labels_matter',
     LabelsFlipped: 'higher_is_anomalous',
+    CountsOutside: 'resumes_where_it_stopped',
     MainThreadOnly: 'threads_do_not_matter',
     MindsTheDefaultDtype: 'defaults_do_not_matter',
 }
