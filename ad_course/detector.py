@@ -208,6 +208,10 @@ class _Settings(BaseEstimator, metaclass=_Readable):
         self.require_number('contamination', above=0, below=1)
         self.require_choice('precision', ('auto', 'float32', 'bfloat16'))
 
+    def _tell(self, message):
+        """A warning under the name of the detector: a path within the library would help nobody."""
+        warnings.warn_explicit(message, UserWarning, f'{type(self).__name__}.fit', 0)
+
     def torch_device(self):
         """The torch.device to compute on."""
         if self.device == 'auto':
@@ -298,8 +302,8 @@ class _Hooks(_Settings):
             raise ValueError(f'y must be 0 (normal) or 1 (anomaly); got {wrong}')
         if y.all(): raise ValueError('y must mark some image as normal, 0; got 1 for all of them')
         if y.any() and not self.uses_labels:
-            warnings.warn(f'{type(self).__name__} does not use labels: the {int(y.sum())} '
-                          'labelled anomalies count as normal images')
+            self._tell(f'{type(self).__name__} does not use labels: the {int(y.sum())} '
+                       'labelled anomalies count as normal images')
         return torch.as_tensor(y.astype('int64')) * self.uses_labels
 
 # %% ../nbs/0_foundations/04_detector.ipynb #0000002d
@@ -606,7 +610,7 @@ class _Fitting(_Training):
         except KeyboardInterrupt:
             learned_once = not any(p.numel() for p in self.nets_.parameters())
             if learned_once or self._progress.untrained(self.nets_): raise
-            warnings.warn('fit was interrupted: the model is what had been learned by then')
+            self._tell('fit was interrupted: the model is what had been learned by then')
         self._progress.finish(self.nets_)
         del self.optimizers_, self._progress
         self.nets_.eval()
@@ -644,8 +648,8 @@ class _Fitting(_Training):
         except KeyboardInterrupt:
             early = not (labels == 0).any()
             source = 'all of them, once more' if early else 'some of them only'
-            warnings.warn('interrupted while scoring the training images: the threshold comes '
-                          f'from {source}')
+            self._tell('interrupted while scoring the training images: the threshold comes '
+                       f'from {source}')
             if early: score_all()
         return scores[labels >= 0], labels[labels >= 0]
 
