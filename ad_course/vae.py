@@ -112,7 +112,8 @@ class VAE(AE):
 
     def draws(self, n):
         """n draws from N(0, 1), for all images and calls the same: (n, code_dim)."""
-        return torch.randn(n, self.code_dim, generator=self.rng(), device=self.torch_device())
+        like = dict(device=self.torch_device(), dtype=torch.float32)
+        return torch.randn(n, self.code_dim, generator=self.rng(), **like)
 
     def image_score(self, xb):
         if self.scoring == 'reconstruction': return super().image_score(xb)

@@ -184,6 +184,7 @@ def test_threads_that_write_one_file_have_temporaries_of_their_own(tmp_path, mon
 def test_defaults_of_the_program_neither_matter_nor_change(cls, tmp_path):
     plain = cls(**SMALL).fit(X)
     s, m = plain.decision_function(X), plain.anomaly_map(X)
+    drawn = plain.sample(2) if cls is VAE else None
     with defaults():
         d = cls(**SMALL, device='cpu').fit(X)
         d.save(tmp_path/'model')
@@ -192,6 +193,7 @@ def test_defaults_of_the_program_neither_matter_nor_change(cls, tmp_path):
             np.testing.assert_array_equal(one.anomaly_map(X), m)
             assert one.calibrate(X).threshold_ == plain.calibrate(X).threshold_
             np.testing.assert_array_equal(one.reconstruct(X), plain.reconstruct(X))
+        if cls is VAE: np.testing.assert_array_equal(d.sample(2), drawn)
         assert torch.zeros(1).dtype == torch.float64 and torch.zeros(1).is_meta
     np.testing.assert_array_equal(d.decision_function(X), s)
 
