@@ -131,6 +131,13 @@ def _one_of(what, value, known):
     if value not in known:
         raise ValueError(f'{what} must be one of {", ".join(map(str, known))}; got {value!r}')
 
+def _marked(kinds, seed, look):
+    """Surfaces and masks; a defect that has changed no pixel is drawn again, elsewhere."""
+    x, _, masks = draw_surfaces(kinds, **look, seed=seed)
+    lost = np.flatnonzero((np.asarray(kinds) != 'normal') & ~masks.any((1, 2)))
+    if len(lost): x[lost], masks[lost] = _marked([kinds[i] for i in lost], [*seed, 0], look)
+    return x, masks
+
 def _part(at, i, draw):
     """The coordinates `at` of images `i`, `(k,)`, with the function that draws their textures."""
     mine = {n: a[i] if isinstance(a, np.ndarray) else a for n, a in vars(at).items()}
@@ -169,10 +176,10 @@ def surfaces(n_train=200, n_test=100, *, size=32, channels=1, texture='weave', k
     h, w = _size(size, least=8)
     cycle = lambda names, n: [names[i % len(names)] for i in range(n)] if names else []
     look = dict(size=(h, w), channels=channels, texture=texture, noise=noise)
-    draw = lambda which, part: draw_surfaces(which, **look, seed=[seed, part])
+    draw = lambda which, part: _marked(which, [seed, part], look)
     test_kinds = ['normal'] * (n_test - n_test // 2) + cycle(kinds, n_test // 2)
     reserve_kinds = cycle(seen, max(20, n_train // 4))
-    x_train, (x_test, _, masks) = draw(['normal'] * n_train, 0)[0], draw(test_kinds, 1)
+    x_train, (x_test, masks) = draw(['normal'] * n_train, 0)[0], draw(test_kinds, 1)
     protocol = (f'generated surfaces, not real images; {texture} {h}x{w}, noise {noise:g}; '
                 'normal in training, half normal and half defective in the test; '
                 f'drawn as float32 in [0, 1], no preprocessing; seed {seed}')

@@ -62,3 +62,15 @@ def test_surfaces_task():
     (dict(channels=2), 'channels must be one of 1, 3; got 2')])
 def test_surfaces_say_what_is_wrong(options, words):
     with pytest.raises(ValueError, match=words): surfaces(4, 4, **options)
+
+
+@pytest.mark.parametrize('size, n_test, seed', [(16, 400, 1), (16, 800, 2), (8, 300, 0)])
+def test_every_defect_changes_a_pixel(size, n_test, seed):
+    """A thread that is missing where none stood out is drawn again; the others stay as they are."""
+    task = surfaces(size=size, n_test=n_test, texture='grain', seed=seed)
+    assert task.masks_test[task.y_test == 1].any((1, 2)).all()
+    look = dict(size=size, texture='grain', seed=[seed, 1])
+    x, _, masks = draw_surfaces(task.kinds_test, **look)
+    kept = masks.any((1, 2)) | (task.y_test == 0)
+    np.testing.assert_array_equal(task.x_test[kept], x[kept])
+    assert not kept.all() and (task.kinds_test[~kept] == 'thread').all()
