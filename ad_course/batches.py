@@ -30,11 +30,15 @@ def as_tensor(x, what='x', first=0):
     x: array or tensor, (n, c, h, w) or (n, h, w), uint8 or float.
     Raises ValueError that says what is wrong (see `check_images`).
     """
+    tensor = None
     if torch.is_tensor(x):
-        x = (x.detach().float() if x.is_floating_point() else x.detach()).cpu().numpy()
+        tensor = (x.detach().float() if x.is_floating_point() else x.detach()).cpu()
+        x = tensor.numpy()
     x = check_images(x, what, first)
     dtype = np.uint8 if x.dtype == np.uint8 else np.float32
     x = np.ascontiguousarray(x, dtype)
+    # PyTorch moves the memory of a tensor that it sends to a process; an array would not follow
+    if tensor is not None and np.may_share_memory(x, tensor.numpy()): return tensor.view(x.shape)
     return torch.from_numpy(x if x.flags.writeable else np.asarray(_Claimed(x)))
 
 # %% ../nbs/0_foundations/03a_batches.ipynb #0000000d

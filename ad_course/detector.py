@@ -427,7 +427,7 @@ def _checked_turns(turns):
 
 class _Progress:
     """What one fit remembers: data, order of batches, who has moved, averages of weights."""
-    def __init__(self, detector, data, checkpoint=None):
+    def __init__(self, detector, data=None, checkpoint=None):
         self.data, self.checkpoint = data, checkpoint
         self.order = torch.Generator().manual_seed(int(detector.seed))
         self.turns, self.batches, self.players, self.moved = [], 0, {}, set()

@@ -44,6 +44,15 @@ def test_the_order_is_that_of_memory_in_every_epoch(workers):
         for size in (8, 13): assert torch.equal(read(disk, size, seed), read(memory, size, seed))
 
 
+def test_a_tensor_whose_memory_moves_is_followed():
+    """As when it is sent to a process that was not forked: its storage then lies elsewhere."""
+    x = torch.rand(6, 1, 5, 5)
+    memory, before = Memory(x), x.clone()
+    x.share_memory_()
+    torch.rand(10_000)                                   # may take the place that has become free
+    assert torch.equal(memory.x, before) and memory.x.data_ptr() == x.data_ptr()
+
+
 def test_the_processes_live_as_long_as_the_source():
     before, source, seen = {*multiprocessing.active_children()}, Disk(Who(), workers=1), []
     for _ in range(3):

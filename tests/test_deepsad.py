@@ -206,10 +206,10 @@ class ThresholdOfAll(DeepSAD):
         return scores, labels * 0
 
 class Silent(DeepSAD):
-    def _fit(self, data):
+    def _fit(self, *args):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            super()._fit(data)
+            super()._fit(*args)
 
 class SquaredHuber(HSC):
     def attraction(self, d): return d
