@@ -110,8 +110,9 @@ def bootstrap(metric, y, scores, n=1000, level=0.95, seed=0):
     def of(normal, anomalies):
         pick = np.concatenate([normal, anomalies]).astype(int)
         return metric(y[pick], scores[pick])
-    with warnings.catch_warnings():   # NaN, and a warning, where all resamples give the same
-        warnings.simplefilter('ignore')
+    # NaN, and a warning, where all resamples give the same; the metric's own warnings are heard
+    with warnings.catch_warnings(), np.errstate(invalid='ignore'):
+        warnings.simplefilter('ignore', stats.DegenerateDataWarning)
         found = stats.bootstrap(groups, of, n_resamples=int(n), vectorized=False,
                                 confidence_level=level,
                                 random_state=np.random.default_rng(seed))

@@ -1,5 +1,6 @@
 """Metrics against hand-worked values, scikit-learn, brute force and their invariances."""
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -202,6 +203,14 @@ def test_bootstrap_of_a_perfect_ranking_is_a_point():
     assert bootstrap(auroc, [0, 0, 1, 1], [.1, .2, .8, .9], n=20) == (1, 1)
     with pytest.raises(ValueError, match='two images of each kind.*got 1'):
         bootstrap(auroc, [0, 0, 1], [0, 1, 2])
+
+
+def test_bootstrap_lets_a_metric_warn():
+    def doubtful(y, s):
+        warnings.warn('the metric has a doubt')
+        return auroc(y, s)
+    with pytest.warns(UserWarning, match='has a doubt'):
+        bootstrap(doubtful, [0, 0, 1, 1], [.1, .3, .2, .9], n=5)
 
 
 def test_bootstrap_errors():
