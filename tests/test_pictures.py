@@ -182,6 +182,37 @@ def test_panels_have_the_courses_sizes():
     width, height = p.panels(4, square=True)[0].figure.get_size_inches()
     assert width == 4 * height == p.PAGE
     assert p.panels(width=6, height=1).figure.get_size_inches().tolist() == [6, 1]
+    assert p.panels(square=True).figure.get_size_inches().tolist() == [p.HALF, p.HALF]
+
+
+def grids(n, w):
+    """Each picture made of tiles, for `n` images `w` wide."""
+    x = RNG.random((n, w, w))
+    yield lambda **kw: p.show_images(x, columns=n, **kw)
+    yield lambda **kw: p.show_reconstructions(x, x[::-1], **kw)
+    yield lambda **kw: p.show_maps(x, x, **kw)
+    yield lambda **kw: p.show_maps(x, x, scale='image', **kw)
+
+
+@pytest.mark.parametrize('size', [.5, 1, 3])
+@pytest.mark.parametrize('n, w', [(2, 8), (3, 64), (8, 28), (12, 28), (16, 28), (16, 8), (30, 128)])
+def test_grids_of_images_fit_the_page_and_fill_half_of_it(n, w, size):
+    for draw in grids(n, w):
+        ax = draw(size=size)
+        inches = ax.figure.get_tightbbox().width
+        assert p.HALF - .4 < inches < p.PAGE + .2, (inches, n, w, size)
+        plt.close('all')
+
+
+def test_a_tile_is_as_large_as_asked_where_it_fits():
+    for w, columns, size in ((8, 8, .8), (28, 8, .9), (64, 4, 1.5)):
+        ax = p.show_images(RNG.random((8, w, w)), columns=columns, size=size)
+        ax.figure.canvas.draw()
+        across = ax.images[0].get_array().shape[1]
+        dots = ax.get_window_extent().width / across
+        assert dots == pytest.approx(max(1, round(size * 90 / w)), abs=1e-6)   # sharp
+    one = p.show_images(RNG.random((1, 8, 8)))
+    assert one.figure.get_figwidth() < 2.8                  # an image alone is not blown up
 
 
 # --- images
