@@ -16,6 +16,7 @@ from torch import nn
 from torchvision import models
 from torchvision.transforms import functional as TF
 from .data import as_images
+from .datasets import smoke
 from .detector import is_number
 
 # %% ../nbs/0_foundations/08_backbones.ipynb #00000008
@@ -107,7 +108,8 @@ class Backbone(nn.Module):
     def __init__(self, net, name, size=None):
         _check_name(name, size=size)
         super().__init__()
-        self.name, self.size = name, 224 if size is None else size
+        usual = 224 if name == 'vit_b_16' else smoke(224, 32)
+        self.name, self.size = name, usual if size is None else size
         self.dim, head = BACKBONES[name]
         self.interpolation = weights_entry(name).transforms().interpolation
         setattr(net, head, nn.Identity())
@@ -161,9 +163,9 @@ def backbone(name='resnet18', weights='imagenet', size=None):
 
     name: one of `BACKBONES`. weights: 'imagenet' (torchvision's default), 'imagenet-v1' (its
     first, as in papers up to 2021), 'random' (from torch's global seed), or None (NaN, to load
-    weights into). size: pixels a side that the network sees; None is 224, 0 leaves images as they
-    are. Raises RuntimeError where pretrained weights cannot be found, never takes others instead;
-    ValueError for a wrong argument.
+    weights into). size: pixels a side that the network sees; None is 224 (32 in a shrunk run, see
+    `smoke`, but for vit_b_16), 0 leaves images as they are. Raises RuntimeError where pretrained
+    weights cannot be found, never takes others instead; ValueError for a wrong argument.
     """
     _check_name(name, weights, size)
     if weights is None: net = load_empty(name)

@@ -12,6 +12,7 @@ import ast
 import json
 import os
 import subprocess
+import symtable
 import sys
 import time
 from pathlib import Path
@@ -68,23 +69,71 @@ def imports_all(tree):
     return any(n.names[0].name == '*' for n in found)
 
 
+AT_ONCE = ('listcomp', 'dictcomp', 'setcomp')
+
+
+def globals_of(tree):
+    """The names that Python looks up outside of functions: (at once, when something is called)."""
+    at_once, later = set(), set()
+    def look(table, inside):
+        for s in table.get_symbols():
+            if s.is_referenced() and (s.is_global() or table.get_type() == 'module'):
+                (later if inside else at_once).add(s.get_name())
+        for child in table.get_children():
+            look(child, inside or child.get_name() not in AT_ONCE)
+    look(symtable.symtable(ast.unparse(tree), 'cell', 'exec'), False)
+    return at_once, later
+
+
+SETS = (ast.Assign, ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
+BLOCKS = {ast.For: 'iter', ast.If: 'test', ast.While: 'test'}   # and what is read before their body
+
+
+def reading(statements, known=()):
+    """What statements read and surely set: (names from before them, names of calls, names set).
+
+    A name from before is read at the top level where no statement above has surely set it: not in
+    a branch, not in a loop. What functions and classes read may have any value of its name,
+    whenever it was set."""
+    before, called, known = set(), set(), set(known)
+    for statement in statements:
+        if head := BLOCKS.get(type(statement)):
+            at_once, called_here = globals_of(getattr(statement, head))
+            own = names(statement.target)[0] if isinstance(statement, ast.For) else set()
+            for block, also in ((statement.body, own), (statement.orelse, set())):
+                more, more_called, _ = reading(block, known | also)
+                at_once, called_here = at_once | more, called_here | more_called
+        else: at_once, called_here = globals_of(statement)
+        if isinstance(statement, ast.AugAssign): at_once |= names(statement.target)[0]
+        before, called = before | (at_once - known), called | called_here
+        if isinstance(statement, SETS): known |= names(statement)[0]
+    return before, called, known
+
+
 def needed(notebook):
     """The indices of the flagged cells, and of those before the last of them that they need."""
     targets = {c.index for c in flagged(notebook)}
     last = max(targets, default=0)
     before = [c for c in notebook.code_cells
               if c.index in targets or (c.runs() and c.index < last)]
-    reads, gives = {}, {}
-    for c in before:
-        sets, reads[c.index] = names(c.tree)
-        gives[c.index] = sets | changes(c.tree)
-    wanted = targets | {c.index for c in before if imports_all(c.tree)}
-    # Again until nothing new comes in: a function may use a name that a later cell defines.
-    while True:
-        used = set().union(*(reads[i] for i in wanted))
-        more = {i for i in gives if i not in wanted and gives[i] & used}
-        if not more: return wanted
-        wanted |= more
+    found = {c.index: reading(c.tree.body) for c in before}
+    gives = {c.index: names(c.tree)[0] | changes(c.tree) for c in before}
+
+    def giving(name, index):
+        """The cells above that gave a name its value: the last to set it, and those after it."""
+        above = [i for i in gives if i < index and name in gives[i]]
+        anew = [n for n, i in enumerate(above) if name in found[i][2] - found[i][0]]
+        return above[anew[-1]:] if anew else above
+
+    wanted, todo = set(), [*targets, *(c.index for c in before if imports_all(c.tree))]
+    while todo:
+        if (index := todo.pop()) in wanted: continue
+        wanted.add(index)
+        reads, called, _ = found[index]
+        todo += [i for name in reads for i in giving(name, index)]
+        # A function may use a name that a later cell defines.
+        todo += [i for i in gives if gives[i] & called]
+    return wanted
 
 
 def run(shell, nb, notebook, only=None, start=0):

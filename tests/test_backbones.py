@@ -228,6 +228,15 @@ def test_size_zero_leaves_images_as_they_are(net):
     assert default.size == 224 and default.prepare(x).shape == (2, 3, 224, 224)
 
 
+@pytest.mark.parametrize('name, small', [('resnet18', 32), ('vit_b_16', 224)])
+def test_a_shrunk_run_sees_small_images_where_no_size_is_asked_for(monkeypatch, name, small):
+    monkeypatch.setenv('AD_COURSE_SMOKE', '1')
+    assert backbone(name, weights=None).size == small
+    assert backbone(name, weights=None, size=224).size == 224
+    monkeypatch.delenv('AD_COURSE_SMOKE')
+    assert backbone(name, weights=None).size == 224
+
+
 def test_input_is_left_alone_and_gradients_reach_it(net):
     x = images(2, 1, 40, 40)
     kept = x.clone()

@@ -1,6 +1,7 @@
 """The runner of cells for a GPU or for long minutes (`#| cuda`, `#| slow`), shrunk, on the CPU.
 
 `python -m tests` runs those of every notebook, in a fork of the notebook's own run."""
+import ast
 import json
 import subprocess
 import sys
@@ -9,8 +10,8 @@ import pytest
 import torch
 
 from ad_course import datasets
-from .project import QUIET, ROOT, environment, notebooks, write_notebook
-from .smoke import SHRUNK, names
+from .project import QUIET, ROOT, Notebook, environment, notebooks, write_notebook
+from .smoke import SHRUNK, names, needed, reading
 
 
 def smoke(path):
@@ -49,6 +50,32 @@ def test_no_gpu_is_visible_to_the_runner(tmp_path):
     looks = '#| cuda\nassert not torch.cuda.is_available()'
     code, result = smoke(write_notebook(tmp_path/'a.ipynb', 'import torch', looks))
     assert code == 0, result
+
+
+@pytest.mark.parametrize('code, before, called', [
+    ('a = 1\nb = a', '', ''), ('a = a + 1', 'a', ''), ('a += 1', 'a', ''), ('d["k"] = 1', 'd', ''),
+    ('for k in ks: b = k\nc = b', 'ks b', ''), ('if t: b = 1\nc = b', 't b', ''),
+    ('for k in ks:\n    b = k\n    c = b', 'ks', ''), ('[k for k in ks]', 'ks', ''),
+    ('with o as f: b = f\nc = b', 'o f b', ''), ('f = lambda k, d=d: k + g', 'd', 'g'),
+    ('def f(a, b=d):\n    c = a\n    return c + g', 'd', 'g'),
+    ('class A(B):\n    x = y\n    def f(self): return z', 'B', 'y z')])
+def test_what_a_cell_reads_from_before_it_and_what_when_called(code, before, called):
+    found_before, found_called, _ = reading(ast.parse(code).body)
+    assert (found_before, found_called) == (set(before.split()), set(called.split()))
+
+
+@pytest.mark.parametrize('cells, wanted', [
+    (['a = slow()', 'a = 1', '#| slow\na'], [1, 2]),                     # set anew
+    (['a = slow()', 'a = [1]', 'a.append(2)', '#| slow\na'], [1, 2, 3]),   # and changed since
+    (['a = 1', 'if a: a = 2', '#| slow\na'], [0, 1, 2]),                 # perhaps
+    (['a = 1', 'a = a + 1', '#| slow\na'], [0, 1, 2]),
+    (['for k in range(9): k', '#| slow\nfor k in range(3): k'], [1]),    # a loop's own name
+    (['a = 1', 'def f(): return a', 'a = 2', '#| slow\nf()', 'a = 3', '#| slow\nf()'],
+     [0, 1, 2, 3, 4, 5]),                                               # whenever it is called
+    (['a = 1', '#| slow\na', 'a = 2', 'b = a', '#| slow\nb = 3'], [0, 1, 4])])
+def test_what_flagged_cells_need(tmp_path, cells, wanted):
+    notebook = Notebook(write_notebook(tmp_path/'a.ipynb', *cells), tmp_path)
+    assert sorted(needed(notebook)) == wanted
 
 
 # ---------------------------------------------------------------- Run All
@@ -179,7 +206,6 @@ def test_slow_cells_and_cells_for_a_gpu_do_not_need_each_other(notebook):
 
 
 def test_what_only_the_other_kind_sets_is_seen(tmp_path):
-    from .project import Notebook
     cells = 'a = 1', '#| slow\nb = a', '#| slow\nc = b', '#| cuda\nd = a + c', '#| slow\nd'
     nb = Notebook(write_notebook(tmp_path/'a.ipynb', *cells), tmp_path)
     assert of_the_other(nb.code_cells) == {3: {'c'}, 4: {'d'}}
