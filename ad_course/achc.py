@@ -71,6 +71,8 @@ class ACHC(CWDSVDD):
     generated_weight: float = 1.    # omega_1: of generated images inside the sphere
     similarity_weight: float = .01  # omega_2: of their distance to normal ones; large: no minimum
     tol: float = 1e-4               # ends the game: movement in a round, relative to size
+    # fakes of components lie inside from the start, those of images come in later, if ever
+    acts_with = dict(generated_weight=dict(features='pca', warm_up=1))
 
     def check_params(self):
         super().check_params()

@@ -35,6 +35,7 @@ class TiedAE(AE):
     code_dim: int = 128      # may be wider than the image
     arch: str = 'layer'      # one linear layer each way; 'mlp', 'conv', 'auto': no normalization
     tied: bool = True        # False: the decoder has its own matrix; deep networks need that
+    acts_with = dict(arch=dict(tied=False), width=dict(arch='mlp', tied=False))
 
     def check_params(self):
         super().check_params()
@@ -96,6 +97,8 @@ class CAE(TiedAE):
     jacobian: str = 'auto'            # 'closed', 'exact', 'random'; 'auto': closed or random
     directions: int = 1               # random directions an image and step, for 'random'
     penalize: str = 'code'            # whose Jacobian: 'code', f; or 'reconstruction', g(f)
+    acts_with = dict(directions=dict(jacobian='random'), arch=dict(tied=False, jacobian='auto'),
+                     width=dict(arch='mlp', tied=False, jacobian='auto'))
 
     def check_params(self):
         super().check_params()

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['PROMISES', 'BrokenPromise', 'promise', 'global_state', 'Trial', 'check', 'expect_error', 'same',
            'explicit_parameters', 'fit_returns_self', 'refit_starts_anew', 'scores_are_numbers', 'higher_is_anomalous',
-           'falling_losses', 'learns', 'same_twice', 'alone_as_in_a_batch', 'form_does_not_matter', 'empty_is_empty',
-           'seed_decides', 'leaves_global_state', 'threads_do_not_matter', 'defaults_do_not_matter',
-           'threshold_from_training', 'save_and_load', 'resumes_where_it_stopped', 'bad_input_is_refused',
-           'constant_images_do_no_harm', 'loss_values', 'has_losses', 'images_do_not_mix', 'labels_matter',
-           'maps_are_images', 'check_detector']
+           'falling_losses', 'learns', 'needed_settings', 'other_values', 'ShortTrainings', 'parameters_act',
+           'same_twice', 'alone_as_in_a_batch', 'form_does_not_matter', 'empty_is_empty', 'seed_decides',
+           'leaves_global_state', 'threads_do_not_matter', 'defaults_do_not_matter', 'threshold_from_training',
+           'save_and_load', 'resumes_where_it_stopped', 'bad_input_is_refused', 'constant_images_do_no_harm',
+           'loss_values', 'has_losses', 'images_do_not_mix', 'labels_matter', 'maps_are_images', 'check_detector']
 
 # %% ../nbs/0_foundations/04a_check.ipynb #458ce9e9
-import contextlib, inspect, random, tempfile, threading
+import contextlib, inspect, random, re, tempfile, threading, warnings
+from itertools import chain
 from pathlib import Path
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ from sklearn.exceptions import NotFittedError
 from torch.nn import functional as F
 from .batches import as_tensor
 from .data import digits
-from .detector import Detector, isolated, load, progress_bar, to_json, total_loss
+from .detector import (Detector, is_number, isolated, load, progress_bar, to_json,
+                                total_loss)
 from .metrics import auroc
 
 # %% ../nbs/0_foundations/04a_check.ipynb #0000004f
@@ -193,6 +195,90 @@ def learns(t):
     x, y = np.concatenate([t.normal, t.other]), np.repeat([0, 1], [len(t.normal), len(t.other)])
     a, b = auroc(y, d.decision_function(x)), auroc(y, raw.decision_function(x))
     check(a > max(b, .5), f'AUROC {a:.3f} against other digits; the untrained network has {b:.3f}')
+
+# %% ../nbs/0_foundations/04a_check.ipynb #5a1b8026
+def needed_settings(cls, trains=True):
+    """Hyper-parameter -> the settings that it needs to act, or None: `acts_with` of all bases.
+
+    trains: whether there is a network to train, or what is said of training cannot act.
+    """
+    needs = {} if trains else dict.fromkeys(('epochs', 'batch_size', 'lr', 'precision'))
+    for base in reversed(cls.__mro__): needs |= vars(base).get('acts_with', {})
+    return needs
+
+
+def other_values(value):
+    """Values to try in the place of one: the other bool, a half, twice as much, one more, ..."""
+    if isinstance(value, bool): return [not value]
+    if isinstance(value, (tuple, list)):
+        numbers = all(map(is_number, value))
+        return [type(value)(v // 2 for v in value), value[:-1]] if numbers else []
+    if not is_number(value): return [.5, 1]
+    whole = is_number(value, whole=True)
+    found = ([value // 2, 1, 2, 2 * value, value + 1, 0] if whole else
+             [value / 2, 2 * value, value + 1, 0, value / 1000, 1000 * value])
+    return [v for v in dict.fromkeys(found) if v != value]
+
+# %% ../nbs/0_foundations/04a_check.ipynb #44804adc
+class ShortTrainings:
+    """What a few epochs on a third of a trial's images leave, for any hyper-parameters."""
+    def __init__(self, trial, epochs=3):
+        self.trial, self.known, given = trial, {}, trial.detector.get_params()
+        self.short = {k: min(v, epochs) for k, v in given.items()
+                      if k.endswith('epochs') and is_number(v)} | dict(epochs=epochs)
+
+    def value(self, name, settings):
+        """The value of a hyper-parameter beside these settings."""
+        return self.trial.fresh(**self.short | settings).get_params()[name]
+
+    def outcome(self, **settings):
+        """All that can be seen afterwards. Raises what `fit` raises where it refuses."""
+        key = repr(sorted(settings.items()))
+        if key in self.known: return self.known[key]
+        t, d = self.trial, self.trial.fresh(**self.short | settings)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter('always')
+            t.fit(d, t.x[::3], t.y[::3])
+        seen = [d.threshold_, {k: v for k, v in d.history_.items() if k != 'seconds'},
+                [str(w.message) for w in said], d.decision_function(t.normal).tolist()]
+        if type(d).pixel_score is not Detector.pixel_score:
+            seen.append(d.anomaly_map(t.normal[:5]).tolist())
+        self.known[key] = [*seen, d.calibrate(t.normal).threshold_]
+        return self.known[key]
+
+    def words(self, name, settings):
+        """Words that a hyper-parameter may be, and None: as the error says of a wrong one."""
+        try: self.outcome(**settings | {name: '?'})
+        except (ValueError, TypeError) as e:
+            found = re.findall(r"'(\w[^']*)'|(None)", str(e))
+            yield from (None if none else word for word, none in found)
+        else: yield '?'
+
+    def objection(self, name, settings):
+        """Why a hyper-parameter seems to do nothing beside these settings; '' where it acts."""
+        value, tried = self.value(name, settings), []
+        before = self.outcome(**settings)
+        for other in chain(other_values(value), self.words(name, settings)):
+            try: after = self.outcome(**settings | {name: other})
+            except (ValueError, TypeError, FloatingPointError): continue
+            if after != before: return ''
+            if other != value: tried.append(other)
+        if not tried: return ''   # refused, but not ignored
+        seen = ' or '.join(f'{v:g}' if is_number(v) else repr(v) for v in (value, *tried))
+        return f'{name} does nothing: {seen}, all is the same'
+
+
+@promise
+def parameters_act(t):
+    """Each hyper-parameter changes what fit leaves, alone or beside what `acts_with` names."""
+    trains = any(p.requires_grad for p in t.fitted().nets_.parameters())
+    needs, trainings, idle = needed_settings(type(t.detector), trains), ShortTrainings(t), []
+    for name in t.detector.get_params():
+        settings = needs.get(name, {})
+        if name == 'seed' or settings is None: continue   # the seed: see `seed_decides`
+        if why := trainings.objection(name, settings): idle.append(why)
+    check(not idle, '; '.join(idle) + '. Is it used? If it needs other settings, say so: '
+                    'acts_with = dict(name=dict(other=value)), or name=None where nothing can act')
 
 # %% ../nbs/0_foundations/04a_check.ipynb #00000063
 @promise
@@ -460,8 +546,9 @@ def maps_are_images(t):
 def check_detector(detector, only=None, shape=(1, 8, 8)):
     """Hold a detector to every promise of the contract. Returns the names of the promises kept.
 
-    detector: an instance with small settings; it is copied, and fitted some twenty times. A bar
-    shows which promise is examined, unless it is not `verbose`.
+    detector: an instance with small settings; it is copied, and fitted some twenty times, and for
+    three epochs once or twice a hyper-parameter. A bar shows which promise is examined, unless it
+    is not `verbose`.
     only: names of promises to check, default all (see PROMISES).
     shape: (c, h, w) of the 120 images, for methods that do not take 8x8.
     Raises BrokenPromise that names all that it breaks, with reasons.

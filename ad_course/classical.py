@@ -105,6 +105,7 @@ class Kernelized(OnFeatures):
     gamma: float | str = 'neighbors'  # a number, 'neighbors', 'median' or 'scale'
     max_gb: float = 4.                # GB that a number for each pair of images may take
     abstract = True
+    acts_with = dict(gamma=dict(kernel='rbf'))
 
     def check_params(self):
         super().check_params()

@@ -163,6 +163,10 @@ class CWDSVDD(DeepSVDD):
     features: str = None        # None: images; 'pca': components; or a network of `backbones`
     components: int = 32        # principal components of the features
     weights: str = 'imagenet'   # of the backbone; 'random' only for trials
+    # wrapping points that are close are felt at once; a trial has no backbone
+    acts_with = dict(nu={}, warm_up={}, mu=dict(epsilon_factor=.1), arch=dict(features=None),
+                     redraw_every=dict(epsilon_factor=.1), components=dict(features='pca'),
+                     weights=None)
 
     def check_params(self):
         super().check_params()

@@ -50,6 +50,7 @@ class DAE(AE):
     corruption: str = 'zero'   # 'zero': equation (2); 'gaussian': equation (3)
     p: float = .3              # chance of a value to be zeroed
     sigma: float = .2          # standard deviation of the noise
+    acts_with = dict(p=dict(corruption='zero'), sigma=dict(corruption='gaussian'))
 
     def check_params(self):
         super().check_params()
@@ -123,6 +124,8 @@ class SDAE(Stack):
     sigma: float = .2          # standard deviation of the noise
     pretrain: float = .5       # share of the epochs for single layers, in equal parts; 0: none
     resumes = True             # a layer hands on its weights, and nothing else
+    acts_with = dict(corruption=dict(pretrain=1.), p=dict(corruption='zero', pretrain=1.),
+                     sigma=dict(corruption='gaussian', pretrain=1.))
 
     def check_params(self):
         super().check_params()

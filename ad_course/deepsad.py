@@ -24,6 +24,7 @@ class DeepSAD(DeepSVDD):
     pretrain_epochs: int = 0   # no warm start: the chapter shows why
     eta: float = 1.            # weight of a labelled anomaly, equation (7) of the paper
     eps: float = 1e-6          # keeps the repulsion finite at distance 0
+    acts_with = dict(nu=None, warm_up=None)   # there is no soft boundary
 
     uses_labels = True
 

@@ -153,6 +153,8 @@ class DeepSVDD(Detector):
     warm_up: int = 5               # epochs before the soft boundary gets a radius; until then 0
     center_guard: float = .1       # least absolute value of a component of the center
     collapse_below: float = .01    # warn where less than this share of the codes' spread is left
+    acts_with = dict(nu=dict(objective='soft-boundary'), warm_up=dict(objective='soft-boundary'),
+                     pretrain_lr=dict(pretrain_epochs=1))
     resumes = True                 # the phases hand on weights, center, radius and spread
 
     def check_params(self):
@@ -288,6 +290,7 @@ class LeNetSVDD(DeepSVDD):
     pretrain_lr_step: int = 50       # 250 for CIFAR-10
     pretrain_decay: float = 5e-4     # 5e-7 for CIFAR-10
     warm_up: int = 10
+    acts_with = dict(arch=None, width=None)   # the official network has neither
 
     def check_params(self):
         super().check_params()

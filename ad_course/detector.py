@@ -238,6 +238,8 @@ class _Hooks(_Settings):
     mixes_images = False  # True: the loss of a batch is not the mean of the losses of its images
     abstract = False      # True, in a class's own body: a base, to be completed by others
     resumes = False       # True, beside a `train`: all that its runs hand on has a name in `_`
+    # A hyper-parameter that acts only beside others -> those settings; None: it changes no result.
+    acts_with = dict(device=None, workers=None, verbose=None, max_gb=None)
 
     def networks(self, shape):
         """Name -> network, for images of shape (c, h, w)."""

@@ -136,6 +136,8 @@ class RDA(AE):
     sparse_weight: float = .1     # lambda of equation (8), in gray values; inf: a plain autoencoder
     epochs_per_round: int = 5     # epochs between two renewals of S
     max_gb: float = 4.            # GB that S may take while training
+    # S is renewed between rounds, so that the last round shows what it was given
+    acts_with = dict(sparse_weight=dict(epochs_per_round=1), penalty=dict(epochs_per_round=1))
 
     def check_params(self):
         super().check_params()

@@ -71,6 +71,8 @@ class RSRAE(AE):
     alternate: bool = False             # a player for each term, as in the authors' experiments
     penalty_lr_factor: float = 10.      # lr of the two penalties, in units of lr, if alternate
     score_by: str = 'cosine'            # (4) on [0, 1], 'signed cosine' on [-1, 1]; or 'error'
+    acts_with = dict(subspace_weight=dict(alternate=False), penalty_lr_factor=dict(alternate=True),
+                     orthogonality_weight=dict(alternate=False))
 
     def check_params(self):
         super().check_params()

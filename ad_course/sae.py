@@ -60,6 +60,7 @@ class SAE(AE):
     arch: str = 'layer'            # 'layer': one linear layer each way; or 'mlp', 'conv', 'auto'
     p: float = .05                 # mean activation that each unit is asked for
     sparsity_weight: float = 1e-3  # lambda of equation (3), beside the mean squared error
+    acts_with = dict(width=dict(arch='mlp'))
 
     def check_params(self):
         super().check_params()

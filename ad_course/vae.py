@@ -79,6 +79,7 @@ class VAE(AE):
     sigma: float | str = 'learned'  # sigma_x of equation (3), noise of a pixel: a number, 'learned'
     scoring: str = 'elbo'           # 'reconstruction', 'probability', 'elbo' or 'importance'
     n_draws: int = 16               # L: codes drawn for each image while scoring
+    acts_with = dict(n_draws=dict(scoring='elbo'))
 
     def check_params(self):
         super().check_params()

@@ -8,7 +8,7 @@ import inspect
 import numpy as np
 import pytest
 
-from ad_course.check import check_detector
+from ad_course.check import check_detector, needed_settings
 from ad_course.detector import Detector, known_detectors
 
 from .project import modules, settings
@@ -63,6 +63,25 @@ def test_keeps_every_promise(name):
     check_detector(detector, shape=SHAPES.get(name, (1, 8, 8)))
 
 
+# Other modes of a method, in which each hyper-parameter must act as well.
+MODES = {
+    'aae.AAE': [dict(consistency_weight=.5, prior_weight=.5)],
+    'cae.CAE': [dict(jacobian='random', penalize='reconstruction'), dict(arch='mlp', tied=False)],
+    'classical.OCSVM': [dict(kernel='linear', components=.9)],
+    'cwdsvdd.CWDSVDD': [dict(features='pca', rule='connected')],
+    'dae.DAE': [dict(corruption='gaussian')],
+    'deepsvdd.DeepSVDD': [dict(objective='soft-boundary', arch='mlp')],
+    'rsrae.RSRAE': [dict(alternate=True)],
+    'vae.VAE': [dict(scoring='importance', sigma=.3), dict(scoring='reconstruction', beta=0.)],
+}
+
+
+@pytest.mark.parametrize('name, mode', [(name, mode) for name in MODES for mode in MODES[name]])
+def test_every_hyper_parameter_acts_in_every_mode(name, mode):
+    detector = OWN[name](**SETTINGS.get(name, SMALL) | mode)
+    check_detector(detector, only=['parameters_act'])
+
+
 def test_every_exported_detector_is_examined_or_known_to_be_a_base():
     public = exported().keys()
     assert len(DETECTORS) > 20 and not set(DETECTORS) - public
@@ -72,8 +91,16 @@ def test_every_exported_detector_is_examined_or_known_to_be_a_base():
 
 
 def test_the_tables_name_detectors_that_exist():
-    wrong = (SETTINGS.keys() | SHAPES.keys()) - set(DETECTORS)
+    wrong = (SETTINGS.keys() | SHAPES.keys() | MODES.keys()) - set(DETECTORS)
     assert not wrong, f'no such detectors: {sorted(wrong)}'
+
+
+@pytest.mark.parametrize('name', DETECTORS)
+def test_what_needs_other_settings_names_hyper_parameters(name):
+    params = OWN[name]().get_params().keys()
+    needs = needed_settings(OWN[name])
+    named = needs.keys() | {k for beside in needs.values() for k in beside or ()}
+    assert not (unknown := named - params - {'max_gb'}), f'no such hyper-parameters: {unknown}'
 
 
 @pytest.mark.parametrize('name', sorted(BASES))

@@ -10,9 +10,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ad_course import achc, deepsvdd, rsrae
+from ad_course.achc import free_sphere
 from ad_course.check import BrokenPromise, check_detector, PROMISES
+from ad_course.deepsvdd import warm_start
 from ad_course.detector import Detector, total_loss
 from ad_course.networks import encoder, decoder
+
+from .mutants import mutant
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -278,6 +283,46 @@ class CountsOutside(Sound):
         return dict(reconstruction=self.errors(xb).mean() * (1 + self.calls))
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
+class IgnoresItsDecay(Sound):
+    weight_decay: float = 0.
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class IgnoresItsChoice(Sound):
+    activation: str = 'relu'
+
+    def check_params(self):
+        super().check_params()
+        self.require_choice('activation', ('relu', 'tanh'))
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class IgnoresItsNone(Sound):
+    clip: float = None
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class IgnoresItsTuple(Sound):
+    widths: tuple = (64, 16)
+
+
+class IgnoresItsRate(Sound):
+    def adam(self, *names, lr=None, **kw): return super().adam(*names, lr=1e-3, **kw)
+
+
+class IgnoresItsContamination(Sound):
+    def threshold_rule(self, scores): return np.quantile(scores, .95)
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class IgnoresItsSwitch(Sound):
+    """Says what its rate needs, and is believed no more than that."""
+    noise: float = .1
+    noisy: bool = False
+    acts_with = dict(noise=dict(noisy=True))
+
+
 MUTANTS = {
     NoBackward: 'learns',
     NoStep: 'learns',
@@ -316,15 +361,22 @@ MUTANTS = {
     CountsOutside: 'resumes_where_it_stopped',
     MainThreadOnly: 'threads_do_not_matter',
     MindsTheDefaultDtype: 'defaults_do_not_matter',
+    IgnoresItsDecay: 'parameters_act',
+    IgnoresItsChoice: 'parameters_act',
+    IgnoresItsNone: 'parameters_act',
+    IgnoresItsTuple: 'parameters_act',
+    IgnoresItsRate: 'parameters_act',
+    IgnoresItsContamination: 'parameters_act',
+    IgnoresItsSwitch: 'parameters_act',
 }
 
 
-@pytest.mark.parametrize('mutant', MUTANTS, ids=lambda m: m.__name__)
-def test_mutant_is_caught(mutant):
+@pytest.mark.parametrize('broken', MUTANTS, ids=lambda m: m.__name__)
+def test_mutant_is_caught(broken):
     with torch.random.fork_rng(), pytest.raises(BrokenPromise) as caught:
-        try: check_detector(mutant(), only=[MUTANTS[mutant]])
+        try: check_detector(broken(), only=[MUTANTS[broken]])
         finally: torch.set_grad_enabled(True)
-    assert list(caught.value.broken) == [MUTANTS[mutant]]
+    assert list(caught.value.broken) == [MUTANTS[broken]]
 
 
 def test_a_loss_of_shape_b_b_is_refused_by_the_loop():
@@ -367,10 +419,68 @@ class MapOfNormal(Sound):
     def pixel_score(self, xb): return -super().pixel_score(xb)
 
 
-@pytest.mark.parametrize('mutant, promise', [
+@pytest.mark.parametrize('broken, promise', [
     (FormMatters, 'form_does_not_matter'), (EmptyFails, 'empty_is_empty'),
     (ConstantHarms, 'constant_images_do_no_harm'), (MapOfWrongShape, 'maps_are_images'),
     (MapOfNormal, 'maps_are_images')])
-def test_the_rarer_promises(mutant, promise):
-    with pytest.raises(BrokenPromise) as caught: check_detector(mutant(), only=[promise])
+def test_the_rarer_promises(broken, promise):
+    with pytest.raises(BrokenPromise) as caught: check_detector(broken(), only=[promise])
     assert promise in caught.value.broken
+
+
+# ---------------------------------------------------------------- every hyper-parameter acts
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class Noisy(Sound):
+    """A hyper-parameter beside another; one that is refused; one of which nothing is expected."""
+    noise: float = .1
+    noisy: bool = False
+    order: int = 1
+    note: str = ''
+    acts_with = dict(noise=dict(noisy=True), note=None)
+
+    def check_params(self):
+        super().check_params()
+        self.require_choice('order', (1,))
+
+    def loss(self, xb):
+        return super().loss(xb + self.noisy * self.noise * torch.randn_like(xb))
+
+
+class SaysNothing(Noisy):
+    acts_with = dict(noise={})
+
+
+def test_what_acts_beside_others_is_tried_beside_them():
+    check_detector(Noisy(), only=['parameters_act'])
+    with pytest.raises(BrokenPromise, match='noise does nothing: 0.1 or 0.05 .*acts_with'):
+        check_detector(SaysNothing(), only=['parameters_act'])
+    check_detector(SaysNothing(noisy=True), only=['parameters_act'])
+
+
+def no_decay_in_turn(self, xb):
+    return dict(reconstruction=rsrae.norms(xb - self.reconstruction(xb)))
+
+
+def rate_of_the_warm_start(self, data, net, epochs, lr, *more):
+    return warm_start(self, data, net, epochs, 1e-3, *more)
+
+
+def rate_of_the_sphere(detector, lr): return free_sphere(detector, .01)
+
+
+PUBLISHED = {   # what this course itself, or other code, once had: owner, hook, what it was
+    'weight_decay': (rsrae.RSRAE, 'reconstruction_loss', no_decay_in_turn,
+                     lambda: rsrae.RSRAE(alternate=True, weight_decay=1e-5)),
+    'pretrain_lr': (deepsvdd, 'warm_start', rate_of_the_warm_start, lambda: deepsvdd.DeepSVDD()),
+    'sphere_lr': (achc, 'free_sphere', rate_of_the_sphere,
+                  lambda: achc.ACHC(width=8, wraps=500, warm_up=10)),
+}
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_hyper_parameters_that_were_ignored_are_noticed(name):
+    owner, hook, broken, make = PUBLISHED[name]
+    with mutant(owner, **{hook: broken}), pytest.raises(BrokenPromise) as caught:
+        check_detector(make(), only=['parameters_act'])
+    assert caught.value.broken['parameters_act'].startswith(f'{name} does nothing')
