@@ -142,7 +142,8 @@ class _Readable(type):
         own = takewhile(lambda base: not foreign(base), cls.__mro__)
         names = {name for base in own for name in vars(base)
                  if not name.startswith('_') and not name.endswith('_request')}   # scikit-learn's
-        return sorted((names | cls.CONTRACT) - getattr(cls, '__dataclass_fields__', {}).keys())
+        hidden = {'acts_with', *getattr(cls, '__dataclass_fields__', {})}   # it is for the check
+        return sorted((names | cls.CONTRACT) - hidden)
 
 # %% ../nbs/0_foundations/04_detector.ipynb #e6d9fc25
 def _range(kind, least, above, most, below):
