@@ -211,9 +211,18 @@ class OnlyNormal:
 
 # %% ../nbs/0_foundations/03a_batches.ipynb #55f82afd
 class Cleaned:
-    """The images of a source minus s (n, c, h, w), in the order in which the source gives them."""
+    """The images of a source minus s (n, c, h, w), in the order in which the source gives them.
+
+    s: a tensor, or a function without arguments that gives it, where it changes between batches.
+    """
     def __init__(self, data, s):
-        self.data, self.s, self.shape, self.device = data, s, data.shape, data.device
+        self.data, self.shape, self.device = data, data.shape, data.device
+        self.now = s if callable(s) else lambda: s
+
+    @property
+    def s(self):
+        """What is subtracted now."""
+        return self.now()
 
     def __len__(self): return len(self.data)
 
@@ -222,7 +231,8 @@ class Cleaned:
         twin = None if rng is None else torch.Generator().set_state(rng.get_state())
         indices = index_batches(len(self), size, twin)
         for index, (xb, yb) in zip(indices, self.data.batches(size, rng), strict=True):
-            yield xb - self.s[index.to(self.s.device)], yb
+            s = self.s
+            yield xb - s[index.to(s.device)], yb
 
 # %% ../nbs/0_foundations/03a_batches.ipynb #81ff9c69
 def warn_of_overlap(batches):

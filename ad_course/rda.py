@@ -136,6 +136,7 @@ class RDA(AE):
     sparse_weight: float = .1     # lambda of equation (8), in gray values; inf: a plain autoencoder
     epochs_per_round: int = 5     # epochs between two renewals of S
     max_gb: float = 4.            # GB that S may take while training
+    resumes = True                # a round hands on its networks and S
     # S is renewed between rounds, so that the last round shows what it was given
     acts_with = dict(sparse_weight=dict(epochs_per_round=1), penalty=dict(epochs_per_round=1))
 
@@ -148,13 +149,17 @@ class RDA(AE):
             self.require(is_number(v, above=0) or v == math.inf, name, 'a number above 0, or inf')
 
     def train(self, data):
-        """Rounds of `epochs_per_round` epochs on L = X - S, then a new S by equation (7)."""
-        s, self.support_share_ = zero_sparse(data, self.max_gb), []
-        self.outliers_, self.position_factor_ = s.flatten(1).norm(dim=1), torch.zeros_like(s[0])
-        for done in range(0, self.epochs, self.epochs_per_round):
-            cleaned = Cleaned(data, s)
-            self.run(cleaned, min(self.epochs_per_round, self.epochs - done))
-            s = self.renewed(self.residuals(cleaned))
+        """On L = X - S, where S is 0 at first (see `after_epoch`)."""
+        self._s, self.support_share_ = zero_sparse(data, self.max_gb), []
+        self.outliers_ = self._s.flatten(1).norm(dim=1)
+        self.position_factor_ = torch.zeros_like(self._s[0])
+        try: self.run(Cleaned(data, lambda: self._s), self.epochs)
+        finally: del self._s   # as large as the data, and of no use to scores
+
+    def after_epoch(self, cleaned, epoch):
+        """A new S by equation (7) after each round of `epochs_per_round` epochs, and at the end."""
+        if epoch % self.epochs_per_round == 0 or epoch == self.epochs:
+            self._s = self.renewed(self.residuals(cleaned))
 
     def residuals(self, cleaned):
         """X - g(f(X - S)) of all training images: (n, c, h, w)."""

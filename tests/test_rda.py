@@ -292,7 +292,7 @@ def by_hand(penalty):
         twin.optimizers_ = twin.optimizers()
         twin._progress = _Progress(twin)
         for epochs in (3, 2):
-            twin.run(Cleaned(data, s), epochs)
+            twin.run(Cleaned(data, s), epochs, twin.turns())
             with torch.no_grad(): r = x - twin.reconstruction(x - s)
             s = penalty_prox(r, WEIGHT, penalty)
     return twin, s, r
@@ -321,7 +321,7 @@ class NeverCleans(RDA):                 # trains on X all the time
         with isolated(0): self.nets_ = torch.nn.ModuleDict(self.networks(self.shape_))
         self.optimizers_, self.history_ = self.optimizers(), {}
         self._progress = _Progress(self)
-        self.run(data, self.epochs)
+        self.run(data, self.epochs, self.turns())
 class Accumulates(RDA):                 # the residual of L instead of that of X
     def residuals(self, cleaned): return super().residuals(cleaned) - cleaned.s
 class LooksAtX(RDA):                    # the residual of the uncleaned input
@@ -333,9 +333,9 @@ class KeepsOld(RDA):                    # S from the first round only
         else: self.support_share_.append(self.support_share_[-1])
         return self.first
 class SameOrders(RDA):                  # each round begins with the first order again
-    def run(self, data, epochs):
-        self._progress.order.manual_seed(self.seed)
-        super().run(data, epochs)
+    def after_epoch(self, cleaned, epoch):
+        super().after_epoch(cleaned, epoch)
+        if epoch % self.epochs_per_round == 0: self._progress.order.manual_seed(self.seed)
 class NoLoss(RDA):
     def loss(self, xb): return {k: 0 * v for k, v in super().loss(xb).items()}
 class Ascends(RDA):
@@ -493,6 +493,7 @@ def test_untrained_and_interrupted():
 
     class Stops(RDA):
         def after_epoch(self, data, epoch):
+            super().after_epoch(data, epoch)
             if len(self.history_['seconds']) == 3: raise KeyboardInterrupt
     with pytest.warns(UserWarning, match='interrupted'):
         d = Stops(epochs=9, epochs_per_round=2, **SMALL).fit(X)

@@ -90,6 +90,8 @@ make = {'AE': lambda: AE(**SMALL), 'DAE': lambda: DAE(**SMALL), 'AAE': lambda: A
                                  objective='soft-boundary', batch_size=8, verbose=False),
         'Duel': lambda: Duel(epochs=4, batch_size=8, verbose=False),
         'Phased': lambda: Phased(batch_size=8, verbose=False),
+        'RDA': lambda: RDA(epochs_per_round=2, sparse_weight=.25, **SMALL | dict(epochs=5)),
+        'RDA features': lambda: RDA(penalty='l21 features', epochs_per_round=3, **SMALL),
         'EarlyEnd': lambda: EarlyEnd(**{**SMALL, 'epochs': 9}), 'Rates': lambda: Rates(**SMALL)}
 
 
@@ -209,7 +211,7 @@ def test_files_that_are_no_checkpoint_are_refused(path):
 
 
 def test_methods_whose_phases_hand_on_more_are_refused(path):
-    for d in (RDA(**SMALL), PCA(verbose=False), changed(Phased, 'Own', train=AE.train)()):
+    for d in (PCA(verbose=False), changed(Phased, 'Own', train=AE.train)()):
         refused(d, path, 'cannot go on from a checkpoint', kinds=NotImplementedError)
         assert not path.exists()
 
@@ -243,6 +245,18 @@ def check_resume(put_back, name='Duel', n=1):
             with pytest.raises(ConnectionError):
                 fit(stopped_after(make[name](), n), checkpoint=Path(folder)/'run')
             same_model(fit(make[name](), checkpoint=Path(folder)/'run'), whole)
+
+
+def test_the_sparse_part_is_part_of_the_state():
+    """A training of RDA that forgot S, or kept it in a local name, would go on from X itself."""
+    def forgets(put_back):
+        def without(self, detector, **state):
+            s = detector._s
+            put_back(self, detector, **state)
+            detector._s = s
+        return without
+    check_resume(lost(), 'RDA', 3)
+    assert_caught(lambda f: check_resume(f, 'RDA', 3), forgets(spine._Checkpoint._put_back))
 
 
 @pytest.mark.parametrize('piece', ['random', 'order', 'optimizers', 'averages', 'nets', 'batches'])
