@@ -165,10 +165,11 @@ def _dots(size, w, columns, beside):
     an image is 2 inches wide at most.
     """
     dpi, across = mpl.rcParams['figure.dpi'], columns * w + (columns + 1) * max(1, round(.06 * w))
-    low, high = ((width - beside) * dpi / across for width in (HALF, PAGE + .1))
+    low, high = ((width - beside) * dpi / across for width in (HALF - .4, PAGE + .1))
     dots = min(max(size * dpi / w, min(low, 2 * dpi / w)), high)
-    whole = round(dots) or dots                        # keeps pixels square and sharp
-    return whole if low <= whole <= high else dots
+    for whole in (round(dots), int(dots), int(dots) + 1):           # pixels square and sharp
+        if dots > 1 and max(low, .8 * dots) <= whole <= high: return whole
+    return dots
 
 def _draw_tiles(tiles, columns, size, titles=None, marks=None, note='', ax=None, rows=None,
                 right=0.):
@@ -493,7 +494,7 @@ def show_maps(x, maps, masks=None, threshold=None, scale='common', size=1.0, ax=
     low, high = maps.min(axis, keepdims=True), maps.max(axis, keepdims=True)
     shining = .8 * _heat(maps, low, high) + .2 * tiles.mean(-1, keepdims=True)   # through the heat
     rows, note = np.concatenate([tiles, shining]), _legend(masks, threshold, note)
-    bar = .8 * (scale == 'common')                     # inches beside the grid
+    bar = .75 * (scale == 'common')                    # inches beside the grid
     ax = _draw_tiles(rows, len(tiles), size, note=note, ax=ax, right=bar)
     def outline(above, below, line):
         both = np.concatenate([above, below]).astype(float)
