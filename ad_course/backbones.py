@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torchvision import models
 from torchvision.transforms import functional as TF
-from .data import as_images
+from .data import as_images, ROUNDING
 from .datasets import smoke
 from .detector import is_number
 
@@ -137,7 +137,7 @@ class Backbone(nn.Module):
 
 # %% ../nbs/0_foundations/08_backbones.ipynb #00000018
 def _check_batch(x):
-    """Raises ValueError unless x is (b, 1 or 3, h, w) in [0, 1]; a thousandth is forgiven."""
+    """Raises ValueError unless x is (b, 1 or 3, h, w) in [0, 1]; `ROUNDING` is forgiven."""
     if x.ndim != 4: raise ValueError(f'images must be (b, c, h, w); got shape {tuple(x.shape)}')
     if x.shape[1] not in (1, 3):
         raise ValueError('images must have 1 channel (gray, repeated) or 3 (red, green, blue); '
@@ -146,7 +146,7 @@ def _check_batch(x):
         raise ValueError(f'images must be floats in [0, 1], bytes / 255; got {x.dtype}')
     if x.is_meta or not x.numel(): return
     low, high = x.detach().aminmax()
-    if not (low >= -1e-3 and high <= 1 + 1e-3):
+    if not (low >= -ROUNDING and high <= 1 + ROUNDING):
         raise ValueError(f'pixels must be in [0, 1]; got {low:.3g} to {high:.3g}')
 
 

@@ -33,6 +33,7 @@ from sklearn.metrics import precision_recall_curve
 from sklearn.metrics import roc_curve as roc_points
 
 # %% ../nbs/0_foundations/05_pictures.ipynb #00000007
+from .data import ROUNDING
 from .metrics import auroc, average_precision, check_scores
 
 # %% ../nbs/0_foundations/05_pictures.ipynb #0000000b
@@ -119,7 +120,7 @@ def _images(x):
     x = x.astype(float)
     _check_finite('images', x)
     low, high = x.min(), x.max()
-    wide = low < -1e-3 or high > 1 + 1e-3
+    wide = low < -ROUNDING or high > 1 + ROUNDING
     note = f'values from {low:.2g} to {high:.2g}, clipped to [0, 1]' if wide else ''
     return np.clip(x, 0, 1).transpose(0, 2, 3, 1) * np.ones(3), note   # (n, h, w, 3)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RULES', 'cover_radius', 'as_rows', 'Cover', 'in_cover', 'distinct', 'numpy_rng', 'single_linkage', 'density_epsilon',
            'n_pieces', 'shifted', 'candidate_order', 'Wrapping', 'outside_cover', 'wrap', 'wrapping_points', 'plane_of',
-           'ImageSpace', 'ImageWrapper']
+           'as_pixels', 'ImageSpace', 'ImageWrapper']
 
 # %% ../nbs/3_one_class/34_wrapping.ipynb #00000005
 import hashlib
@@ -17,6 +17,7 @@ import torch
 from scipy.cluster.hierarchy import linkage
 from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
+from .data import ROUNDING
 from .detector import is_number
 
 # %% ../nbs/3_one_class/34_wrapping.ipynb #00000010
@@ -260,6 +261,12 @@ def plane_of(rows, components):
     return pca.mean_, pca.components_
 
 # %% ../nbs/3_one_class/34_wrapping.ipynb #00000059
+def as_pixels(x):
+    """Images (n, ...), an array or a tensor, as rows (n, d) of float64; bytes as shares of 255."""
+    rows = as_rows(x.reshape(len(x), -1), 'images')
+    return rows / 255 if str(x.dtype).endswith('uint8') else rows
+
+
 class ImageSpace:
     """Images as points and back: all their pixels, or the plane of their principal components.
 
@@ -271,13 +278,13 @@ class ImageSpace:
             raise ValueError(f"space must be 'pixels' or 'pca'; got {space!r}. "
                              'Features: wrapping_points(codes)')
         self.space, self.keep_residual, self.shape = space, keep_residual, tuple(x.shape[1:])
-        self.rows = as_rows(x.reshape(len(x), -1), 'images')
+        self.rows = as_pixels(x)
         if space == 'pca': self.mean, self.axes = plane_of(self.rows, components)   # (d,), (k, d)
         self.codes = self.reduce(self.rows)                                         # (n, k)
 
     def reduce(self, x):
         """Coordinates (n, k) of images (n, ...)."""
-        rows = as_rows(x.reshape(len(x), -1), 'images')
+        rows = as_pixels(x)
         return rows if self.space == 'pixels' else (rows - self.mean) @ self.axes.T
 
     def expand(self, points, parents):
@@ -302,8 +309,15 @@ class ImageWrapper:
     clip: bool = False            # to [0, 1]; what then lies in the cover is dropped
 
     def fit(self, x):
-        """Learn space, step and cover from images (n, ...), an array or a tensor."""
+        """Learn space, step and cover from images (n, ...), an array or a tensor, bytes or floats.
+
+        Raises ValueError with `clip` where pixels are not in [0, 1] (but for `ROUNDING`).
+        """
         self.space_ = ImageSpace(x, self.space, self.components, self.keep_residual)
+        low, high = self.space_.rows.min(), self.space_.rows.max()
+        if self.clip and (low < -ROUNDING or high > 1 + ROUNDING):
+            raise ValueError(f'clip must be False unless images are in [0, 1]; got {low:g} to '
+                             f'{high:g}. Scale them first, e.g. x / 255')
         codes, self.epsilon_ = self.space_.codes, self.epsilon
         if self.epsilon is None:
             self.epsilon_ = density_epsilon(codes, self.rule, self.r, self.share)

@@ -3,11 +3,16 @@ from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import TensorDataset
 
-from ad_course import data
+from ad_course import backbones, data, pictures
+from ad_course.baselines import PCA
+from ad_course.batches import as_tensor
 from ad_course.data import *
+from ad_course.wrapping import ImageWrapper
 
 from .mutants import mutant
 from .tasks import check_apart, global_randomness_is_left_alone, no_smoke, pixels, quick, same, toy
@@ -31,6 +36,45 @@ def test_as_images_gives_one_form_or_an_error(shape, dtype, scale):
         y = as_images(x, 'mine')
         assert y.ndim == 4 and y.dtype in (np.uint8, np.float32) and not y.flags.writeable
         assert x.flags.writeable and not np.shares_memory(x, y)
+
+
+# what arithmetic adds
+
+def noted(x):
+    _, note = pictures._images(x)
+    if note: raise ValueError(note)
+
+
+GRAYS = np.random.default_rng(0).random((30, 1, 8, 8), dtype='float32')
+# All that asks for pixels in [0, 1].
+DOORS = {
+    'arrays': as_images, 'tensors': lambda x: as_tensor(torch.tensor(x)),
+    'tasks': lambda x: one_class(x, np.repeat([0, 1], [20, 10]), normal=0),
+    'fit': lambda x: PCA(verbose=False).fit(x),
+    'scores': lambda x: PCA(verbose=False).fit(GRAYS).decision_function(x),
+    'datasets': lambda x: PCA(verbose=False).fit(TensorDataset(torch.tensor(x))),
+    'backbones': lambda x: backbones._check_batch(torch.tensor(x)),
+    'wrapping': ImageWrapper(clip=True).fit, 'pictures': noted,
+}
+
+
+@pytest.mark.parametrize('door', DOORS)
+@pytest.mark.parametrize('side', [0, 1])
+def test_one_rounding_is_forgiven_everywhere(door, side):
+    """A resize ends at 1.0000001; ten times as much as is forgiven is a mistake."""
+    outside = lambda much: np.where(GRAYS > .5, side + much * (2 * side - 1), GRAYS)
+    for much in (1e-7, data.ROUNDING / 2): DOORS[door](outside(much).astype('float32'))
+    with pytest.raises(ValueError): DOORS[door](outside(10 * data.ROUNDING).astype('float32'))
+
+
+def test_what_is_forgiven_is_taken_off():
+    x = np.linspace(-5e-4, 1 + 5e-4, 64, dtype='float32').reshape(1, 1, 8, 8)
+    before = x.copy()
+    for found in (as_images(x), as_tensor(x).numpy(), as_tensor(torch.tensor(x)).numpy()):
+        np.testing.assert_array_equal(found, x.clip(0, 1))
+    np.testing.assert_array_equal(x, before)
+    inside = x.clip(0, 1)
+    assert data.check_images(inside) is inside and data.ROUNDING < 1 / 255 / 2
 
 
 # the value

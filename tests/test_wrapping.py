@@ -184,6 +184,10 @@ def check_clipping(w):
         assert 0 <= images.min() and images.max() <= 1, 'not clipped'
         inside = w.in_cover(maker.space_.reduce(images), maker.space_.codes, maker.cover_radius_)
         assert not inside.any(), 'clipped into the cover'
+    same = lambda x: w.ImageWrapper(components=6, clip=True).fit(x).wrap(100)[0]
+    coarse = np.round(255 * IMAGES).astype('uint8')
+    for x in (coarse, torch.tensor(coarse)):
+        assert np.allclose(same(x), same(coarse / 255), atol=1e-6), 'bytes are no bytes'
     black_and_white = np.round(IMAGES)
     black = w.ImageWrapper(space='pixels', clip=True, epsilon=.5).fit(black_and_white)
     images, parents = black.wrap()
@@ -281,6 +285,7 @@ MUTANTS = {  # name: (what stands in the module, what stands there instead, the 
     'clip without asking again': (
         'return images[outside], w.parents[outside]', 'return images, w.parents', check_clipping),
     'clip does not clip': ('images = np.clip(images, 0, 1)', 'images = images', check_clipping),
+    'bytes are numbers': ('return rows / 255 if', 'return rows if', check_clipping),
     'the rule of images not heeded': (BY_RULE, BY_RULE.replace('self.rule', "'chained'"),
                                       check_settings),
     'r of images not heeded': (BY_RULE, BY_RULE.replace('self.r,', '2.,'), check_settings),
