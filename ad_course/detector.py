@@ -8,7 +8,7 @@ __all__ = ['FORMAT', 'TRAINING', 'load', 'plain_defaults', 'isolated', 'total_lo
 
 # %% ../nbs/0_foundations/04_detector.ipynb #00000005
 import contextlib, copy, hashlib, importlib, inspect, json, numbers, os, pkgutil, re
-import tempfile, textwrap, threading, time, uuid, warnings
+import tempfile, textwrap, threading, time, uuid
 from dataclasses import dataclass, fields
 from itertools import islice, takewhile
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from .batches import Disk, Memory, warn_of_overlap
+from .batches import Disk, Memory, tell, warn_of_overlap
 from .metrics import auroc
 
 # %% ../nbs/0_foundations/04_detector.ipynb #013cff7e
@@ -62,7 +62,7 @@ class _OneAtATime:
 
     def __enter__(self):
         if self.lock.acquire(timeout=self.patience): return
-        warnings.warn('another thread of this program is fitting a detector: this one waits for it')
+        tell('fit', 'another thread of this program is fitting a detector: this one waits for it')
         self.lock.acquire()
 
     def __exit__(self, *_): self.lock.release()
@@ -209,9 +209,9 @@ class _Settings(BaseEstimator, metaclass=_Readable):
         self.require_number('contamination', above=0, below=1)
         self.require_choice('precision', ('auto', 'float32', 'bfloat16'))
 
-    def _tell(self, message):
-        """A warning under the name of the detector: a path within the library would help nobody."""
-        warnings.warn_explicit(message, UserWarning, f'{type(self).__name__}.fit', 0)
+    def tell(self, message):
+        """A UserWarning of `fit`, under the name of the detector and without a path."""
+        tell(f'{type(self).__name__}.fit', message)
 
     def torch_device(self):
         """The torch.device to compute on."""
@@ -305,7 +305,7 @@ class _Hooks(_Settings):
             raise ValueError(f'y must be 0 (normal) or 1 (anomaly); got {wrong}')
         if y.all(): raise ValueError('y must mark some image as normal, 0; got 1 for all of them')
         if y.any() and not self.uses_labels:
-            self._tell(f'{type(self).__name__} does not use labels: the {int(y.sum())} '
+            self.tell(f'{type(self).__name__} does not use labels: the {int(y.sum())} '
                        'labelled anomalies count as normal images')
         return torch.as_tensor(y.astype('int64')) * self.uses_labels
 
@@ -603,7 +603,8 @@ class _Fitting(_Training):
 
     def _fit(self, data, checkpoint):
         for name in [n for n in vars(self) if n.endswith('_')]: delattr(self, name)  # starts anew
-        if self.uses_labels: warn_of_overlap(data.batches(self.batch_size))
+        if self.uses_labels:
+            warn_of_overlap(data.batches(self.batch_size), f'{type(self).__name__}.fit')
         self.shape_, self.history_ = data.shape, {}
         nets = nn.ModuleDict(self.networks(data.shape))
         self.nets_ = nets.to(data.device, torch.float32, memory_format=torch.channels_last)
@@ -613,7 +614,7 @@ class _Fitting(_Training):
         except KeyboardInterrupt:
             learned_once = not any(p.numel() for p in self.nets_.parameters())
             if learned_once or self._progress.untrained(self.nets_): raise
-            self._tell('fit was interrupted: the model is what had been learned by then')
+            self.tell('fit was interrupted: the model is what had been learned by then')
         self._progress.finish(self.nets_)
         del self.optimizers_, self._progress
         self.nets_.eval()
@@ -651,7 +652,7 @@ class _Fitting(_Training):
         except KeyboardInterrupt:
             early = not (labels == 0).any()
             source = 'all of them, once more' if early else 'some of them only'
-            self._tell('interrupted while scoring the training images: the threshold comes '
+            self.tell('interrupted while scoring the training images: the threshold comes '
                        f'from {source}')
             if early: score_all()
         return scores[labels >= 0], labels[labels >= 0]

@@ -7,11 +7,11 @@ __all__ = ['compare', 'Comparison', 'wins']
 
 # %% ../nbs/0_foundations/07_protocol.ipynb #00000005
 import time
-import warnings
 from dataclasses import dataclass, field
 import numpy as np
 from joblib import Parallel, delayed
 from sklearn.base import clone
+from .batches import tell
 from .data import Task
 from .detector import Detector, is_number
 from .metrics import auroc
@@ -68,7 +68,7 @@ def compare(detectors, tasks, seeds=(0, 1, 2), metric=auroc, n_jobs=1):
     jobs = (delayed(_fit_once)(detectors[d], tasks[t], s, metric) for d, t, s in runs)
     values, seconds, errors = zip(*Parallel(n_jobs=n_jobs)(jobs))
     errors = {run: e for run, e in zip(runs, errors) if e}
-    for (d, t, s), e in errors.items(): warnings.warn(f'{d} failed on {t}, seed {s}: {e}')
+    for (d, t, s), e in errors.items(): tell('compare', f'{d} failed on {t}, seed {s}: {e}')
     if len(errors) == len(runs):
         raise RuntimeError(f'every fit failed; the first: {next(iter(errors.values()))}')
     shape = len(detectors), len(tasks), len(seeds)

@@ -68,6 +68,12 @@ def without_words_of_their_own(tree, hooks=HOOKS):
             if isinstance(f, ast.FunctionDef) and f.name in hooks and not ast.get_docstring(f)]
 
 
+def warnings_with_a_path(tree):
+    """Line numbers where `warnings.warn` is called: it shows a file of ours; see `batches.tell`."""
+    calls = (n for n in ast.walk(tree) if isinstance(n, ast.Call))
+    return sorted(n.lineno for n in calls if ast.unparse(n.func) in ('warnings.warn', 'warn'))
+
+
 def calls_now(tree, name):
     """Whether running these statements calls `name`: not where it waits in another function."""
     todo = list(tree.body)

@@ -73,12 +73,3 @@ def test_the_check_names_the_promise_that_it_examines(bars, monkeypatch):
     assert all(bar.disable for bar in bars[1:]), 'the fits of the check show bars of their own'
     check_detector(small(verbose=False), only=names[:1])
     assert bars[-1].disable
-
-
-def test_the_word_about_an_interruption_shows_no_file(recwarn):
-    d = small(verbose=False)
-    d.after_epoch = raising(KeyboardInterrupt())
-    d.fit(X)
-    found, = [w for w in recwarn if 'interrupted' in str(w.message)]
-    text = warnings.formatwarning(found.message, found.category, found.filename, found.lineno)
-    assert text.startswith('AE.fit:') and '/' not in text and '.py' not in text

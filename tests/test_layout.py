@@ -306,6 +306,15 @@ def test_hooks_that_mean_something_else_say_so():
     guards.against(found, 'hooks without a docstring of their own')
 
 
+SHOW_A_PATH = {'achc', 'deepsvdd'}   # until they say `detector.tell(message)`
+
+
+def test_warnings_show_no_file_of_ours():
+    found = {name: f'line {lines[0]}' for name, tree in parsed_modules().items()
+             if name not in SHOW_A_PATH and (lines := guards.warnings_with_a_path(tree))}
+    guards.against(found, 'warnings.warn, where tell(who, message) shows a name')
+
+
 @each_notebook
 def test_the_course_shrinks_only_where_it_is_asked(notebook):
     """`smoke(full, small)` stands in a cell for a GPU or in a function: others run full."""
@@ -481,6 +490,11 @@ def test_a_hook_without_words_is_seen():
     silent, speaks = 'def turns(self): return []', 'def train(self, data):\n    "Twice."'
     tree, = parsed(f'class A(B):\n  {silent}\n  {speaks}\n  def loss(self, xb): return 0')
     assert guards.without_words_of_their_own(tree) == ['A.turns']
+
+
+def test_a_warning_with_a_path_is_seen():
+    tree = ast.parse("import warnings\ndef f():\n    if x: warnings.warn('a')\n    tell('f', 'b')")
+    assert guards.warnings_with_a_path(tree) == [3]
 
 
 def test_circles_and_imports_that_lead_upward_are_seen():
