@@ -74,13 +74,18 @@ def arguments(description, **defaults):
     return parser
 
 
-def in_a_process_of_its_own(script, contestant, threads, **options):
-    """What `script --measure contestant` prints, with these options, `None` left out."""
+def words(contestant, threads, **options):
+    """The command line that measures a contestant, with these options, `None` left out."""
     given = {'threads': threads, **{k: v for k, v in options.items() if v is not None}}
-    words = [word for key, value in given.items() for word in (f'--{key}', str(value))]
+    pairs = [word for key, value in given.items() for word in (f'--{key}', str(value))]
+    return ['--measure', contestant, *pairs]
+
+
+def in_a_process_of_its_own(script, contestant, threads, **options):
+    """What `script --measure contestant` prints."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
     env = dict(os.environ, OMP_NUM_THREADS=str(threads), PYTHONPATH=path, CUDA_VISIBLE_DEVICES='')
-    command = [sys.executable, script, '--measure', contestant, *words]
+    command = [sys.executable, script, *words(contestant, threads, **options)]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode: raise SystemExit(f'{contestant} failed:\n{done.stderr}')
     return json.loads(done.stdout.splitlines()[-1])
