@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from . import __main__ as stages
-from . import execute, jobs, sync
+from . import execute, jobs, scope, sync
 from .project import (ROOT, Notebook, environment, notebook_paths, project_files, settings,
                       write_notebook)
 
@@ -190,6 +190,17 @@ def test_the_last_line_counts(passed, failed, well):
     total = dict(passed=passed, failed=failed, skipped={'c': 'no data'}, parts={}, jobs={})
     assert stages.summary(total, 1., said.append) == well
     assert said[-1] == f'{len(passed)} passed, {len(failed)} failed, 1 skipped'
+
+
+def test_the_longest_begin_first():
+    """By the seconds in tests/seconds.json; what nobody has measured begins before all others."""
+    first, *names = [job.name for job in stages.listed()]
+    expected = [scope.expected_seconds(name) for name in names]
+    assert first == 'sync' and expected == sorted(expected, reverse=True)
+    known = scope.known_seconds()
+    advice = 'python -m tests --times tests/seconds.json'
+    assert len(set(names) & known.keys()) > len(names) / 2, advice
+    assert scope.expected_seconds('tests/test_new.py') > max(known.values())
 
 
 def test_only_what_a_notebook_concerns():
