@@ -559,4 +559,5 @@ def test_constant_images_and_overlap():
         CWDSVDD(**SMALL).fit(np.concatenate([X, X[60:62]]), np.append(Y, [0, 0]))
     with warnings.catch_warnings():
         warnings.simplefilter('error')
+        warnings.filterwarnings('ignore', 'the threshold of CWDSVDD')
         CWDSVDD(**SMALL).fit(np.concatenate([X, X[60:]]), np.append(Y, Y[60:]))

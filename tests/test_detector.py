@@ -1252,6 +1252,33 @@ class OwnRule(AE):
         return scores.mean() + 2 * scores.std()
 
 
+def share_rule(share):
+    """A detector whose own rule flags that share of its training images."""
+    return type('Own', (MeanImage,), dict(
+        threshold_rule=lambda self, scores: np.quantile(scores, 1 - share)))(verbose=False)
+
+
+@pytest.mark.parametrize('share, told', [(.5, '50 of its 100.*50%.*is 5%'), (.2, '20 of its 100'),
+                                         (.15, None), (.01, None)])
+def test_a_rule_that_flags_far_more_than_contamination_says_so(share, told):
+    x, d = images(100), share_rule(share)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        assert np.isclose(d.fit(x).predict(x).mean(), share, atol=.011)
+    assert len(caught) == bool(told) and all(re.search(told, str(w.message)) for w in caught)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')   # asked for: calibrate has nothing to add
+        d.calibrate(x)
+
+
+@pytest.mark.parametrize('n', [2, 3, 7, 40])
+@pytest.mark.parametrize('contamination', [.001, .05, .5])
+def test_the_quantile_has_nothing_to_say(n, contamination):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        MeanImage(contamination=contamination, verbose=False).fit(images(n))
+
+
 def test_threshold_rule(tmp_path):
     d = OwnRule(epochs=1, verbose=False).fit(images(20))
     s = d.decision_function(images(20))
