@@ -238,6 +238,7 @@ class ShortTrainings:
         t, d = self.trial, self.trial.fresh(**self.short | settings)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter('always')
+            warnings.filterwarnings('ignore', 'the threshold of')   # it quotes `contamination`
             t.fit(d, t.x[::3], t.y[::3])
         seen = [d.threshold_, {k: v for k, v in d.history_.items() if k != 'seconds'},
                 [str(w.message) for w in said], d.decision_function(t.normal).tolist()]
