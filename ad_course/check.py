@@ -514,7 +514,7 @@ def images_do_not_mix(t):
 # %% ../nbs/0_foundations/04a_check.ipynb #0000007a
 @promise
 def labels_matter(t):
-    """Where labels are used: flipped labels flip the ranking, and the loss knows whose they are."""
+    """Where labels are used: flipped labels turn the ranking, and the loss knows whose they are."""
     if not t.detector.uses_labels: return
     d, x, y = t.fitted(), np.concatenate([t.normal[:8], t.noise[:8]]), np.repeat([0, 1], 8)
     if has_losses(d):
@@ -527,7 +527,7 @@ def labels_matter(t):
                     for labels in ([0, 1], [1, 0]))
     truth = np.repeat([0, 1], [len(t.normal), len(t.noise) - n])
     a, b = auroc(truth, right), auroc(truth, wrong)
-    check(a > .5 > b, f'AUROC {a:.3f} with right labels, {b:.3f} with flipped labels')
+    check(a > max(.5, b + .2), f'AUROC {a:.3f} with right labels, {b:.3f} with flipped labels')
 
 # %% ../nbs/0_foundations/04a_check.ipynb #0000007b
 @promise

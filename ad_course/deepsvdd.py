@@ -48,9 +48,13 @@ def guarded(center, guard):
 
 
 def guarded_mean(codes, guard):
-    """The mean of codes, an array (n, k), as a guarded center, a float32 tensor (k,)."""
-    mean = torch.as_tensor(codes.mean(0, dtype='float64'), dtype=torch.float32)
-    return guarded(mean, guard)
+    """The mean of codes, an array (n, k), as a guarded center, a float32 tensor (k,).
+
+    guard: in units of their standard deviation, the root mean square over the components.
+    """
+    codes = np.asarray(codes, 'float64')
+    unit = float(np.sqrt(codes.var(0).mean()))
+    return guarded(torch.as_tensor(codes.mean(0), dtype=torch.float32), guard * unit)
 
 # %% ../nbs/3_one_class/32_deepsvdd.ipynb #00000019
 def contrast_normalize(xb):
@@ -151,7 +155,7 @@ class DeepSVDD(Detector):
     pretrain_epochs: int = 20      # of the autoencoder that the encoder comes from; 0: random
     pretrain_lr: float = 1e-3      # of that autoencoder
     warm_up: int = 5               # epochs before the soft boundary gets a radius; until then 0
-    center_guard: float = .1       # least absolute value of a component of the center
+    center_guard: float = .1       # how far from 0 the center's components are, in deviations
     collapse_below: float = .01    # warn where less than this share of the codes' spread is left
     acts_with = dict(nu=dict(objective='soft-boundary'), warm_up=dict(objective='soft-boundary'),
                      pretrain_lr=dict(pretrain_epochs=1))
@@ -290,6 +294,7 @@ class LeNetSVDD(DeepSVDD):
     pretrain_lr_step: int = 50       # 250 for CIFAR-10
     pretrain_decay: float = 5e-4     # 5e-7 for CIFAR-10
     warm_up: int = 10
+    center_guard: float = .1         # an absolute one, as in the official code
     acts_with = dict(arch=None, width=None)   # the official network has neither
 
     def check_params(self):
@@ -320,6 +325,11 @@ class LeNetSVDD(DeepSVDD):
         decay = self.pretrain_decay / 2 / prod(self.shape_)
         warm_start(self, data, mirror, self.pretrain_epochs, self.pretrain_lr, decay,
                    self.pretrain_lr_step)
+
+    def find_center(self, data):
+        """`center_`: the mean code, its guard absolute, whatever the scale of the codes."""
+        mean = torch.as_tensor(self.map_normal(self.code, data).mean(0, dtype='float64'))
+        self.center_ = guarded(mean.float(), self.center_guard).to(self.torch_device())
 
     def after_epoch(self, data, epoch):
         """The radius of the soft boundary, and a tenth of the rate after `lr_step` epochs."""

@@ -505,7 +505,7 @@ def test_wrapping_points_are_drawn_again_where_they_are_due():
 @pytest.mark.filterwarnings('default:.*of the training images lie outside')
 def test_a_radius_that_lags_behind_is_reported():
     with pytest.warns(UserWarning, match='lie outside of the sphere'):
-        d = ACHC(**TINY | dict(epochs=1, lr=.5)).fit(X, Y)
+        d = ACHC(**TINY | dict(epochs=3, game_lr=.05)).fit(X, Y)
     unseen = TASK.x_test[TASK.y_test == 0]
     assert d.calibrate(unseen).predict(unseen).mean() < .2
 

@@ -59,10 +59,32 @@ def test_guard_moves_small_components_and_zeros():
     assert torch.equal(guarded(c, 0.), c)
 
 
-def test_the_mean_is_taken_before_the_guard():
+def test_the_mean_is_taken_before_the_guard_and_the_guard_in_units_of_the_codes():
     codes = np.array([[.02, 5, -1], [.04, -5, -2]], 'float32')
-    torch.testing.assert_close(guarded_mean(codes, .1), torch.tensor([.1, .1, -1.5]))
+    guard = .1 * float(np.sqrt((.01**2 + 5**2 + .5**2) / 3))
+    torch.testing.assert_close(guarded_mean(codes, .1), torch.tensor([guard, guard, -1.5]))
     assert guarded_mean(codes, .1).dtype == torch.float32
+    for scale in (1e-3, 1e3):
+        torch.testing.assert_close(guarded_mean(scale * codes, .1), scale * guarded_mean(codes, .1))
+    assert torch.equal(guarded_mean(codes, 0.), torch.tensor(codes.mean(0)))
+    alike = np.full((3, 2), .05, 'float32')   # codes without any spread keep their mean
+    torch.testing.assert_close(guarded_mean(alike, .1), torch.tensor([.05, .05]))
+
+
+def test_whitened_features_keep_their_mean_as_center():
+    """An absolute guard would move every component of the center of small codes by a tenth."""
+    d = DeepSVDD(epochs=0, gcn=False, pretrain_epochs=0, arch='mlp', verbose=False).fit(X / 50)
+    codes = d.encode(X / 50)
+    off = np.abs(d.center_.numpy() - codes.mean(0)).max()
+    assert off < .11 * np.sqrt(codes.var(0).mean()) < .02
+
+
+def test_the_official_guard_is_absolute():
+    x = np.random.default_rng(0).random((12, 1, 28, 28), dtype='float32')
+    d = LeNetSVDD(epochs=0, pretrain_epochs=0, verbose=False).fit(x)
+    mean = torch.as_tensor(d.encode(x).mean(0))
+    torch.testing.assert_close(d.center_, guarded(mean, .1), atol=1e-5, rtol=1e-4)
+    assert d.center_.abs().min() >= .1 > mean.abs().min()
 
 
 def test_contrast_by_hand_and_what_it_ignores():
@@ -144,11 +166,11 @@ def check_place(cls):
             super().find_center(data)
             self.nets_.eval()
             with torch.no_grad(): z = self.code(BATCH)
-            seen.update(mean=z.mean(0), center=self.center_.clone())
+            seen.update(codes=z.numpy(), center=self.center_.clone())
     small = dict(epochs=6, pretrain_epochs=2, batch_size=32, warm_up=2, code_dim=16, verbose=False)
     for params in (dict(), SOFT):
         d = Watched(**small, **params).fit(X)
-        mean = guarded(seen['mean'], d.center_guard)
+        mean = guarded_mean(seen['codes'], d.center_guard)
         torch.testing.assert_close(seen['center'], mean, msg='center is not the guarded mean')
         assert torch.equal(d.center_, seen['center']), 'the center moved in training'
         with torch.no_grad(): s = d.squared_distances(BATCH).numpy()
@@ -255,7 +277,7 @@ def train_mode_center(self, data):
     self.nets_.train()
     with torch.no_grad():
         z = torch.cat([self.code(xb) for xb, _ in data.batches(self.batch_size)])
-    self.center_ = guarded(z.mean(0), self.center_guard)
+    self.center_ = guarded_mean(z.numpy(), self.center_guard)
 
 
 def moving_center(self, data, epoch):
