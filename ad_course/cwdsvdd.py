@@ -116,6 +116,8 @@ class Bank:
         self.points = torch.as_tensor(points, dtype=torch.float32, device=device)
 
     def __len__(self): return len(self.points)
+    def state_dict(self): return dict(points=self.points)
+    def load_state_dict(self, state): self.points = state['points']
 
     def sample(self, b):
         """b of the points, drawn at random, with repetition."""
@@ -151,6 +153,7 @@ def label_weights(y, share):
 class CWDSVDD(DeepSVDD):
     """Deep SVDD that repels wrapping points and labelled images (Fu et al. 2026, equation 6)."""
     uses_labels, bank = True, ()   # bank: wrapping points, while it trains
+    resumes = True                 # the phases hand on features, sphere, weights and bank
     batch_size: int = 128
     lr: float = 1e-3
     objective: str = 'soft-boundary'   # equation (6) has no other

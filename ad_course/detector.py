@@ -865,6 +865,14 @@ class _Files(_Fitting):
         return self
 
 # %% ../nbs/0_foundations/04_detector.ipynb #985abcc9
+def _on(place, value):
+    """A value with all its tensors on that device."""
+    if torch.is_tensor(value): return value.to(place)
+    if isinstance(value, (list, tuple)): return type(value)(_on(place, v) for v in value)
+    if isinstance(value, dict): return {k: _on(place, v) for k, v in value.items()}
+    return value
+
+
 class _Checkpoint:
     """The file from which a training goes on; read when there is one, written after each epoch."""
     FREE = 'device', 'verbose', 'workers'   # may be others when it goes on
@@ -905,7 +913,7 @@ class _Checkpoint:
         run, epoch = self.at
         if self.runs < run: return epochs
         try: self._put_back(detector, **self.state)
-        except (RuntimeError, KeyError, ValueError, TypeError) as e:
+        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as e:
             raise ValueError(f'{self.path} does not fit this version of '
                              f'{type(detector).__name__}: {e}') from None
         self.state = None
@@ -915,12 +923,14 @@ class _Checkpoint:
         """After an epoch: all that is needed to go on after it."""
         progress, nets, device = detector._progress, detector.nets_, detector._progress.data.device
         apart = {*detector.get_params(), 'nets_', 'optimizers_', '_progress'}
+        mine = {k: v for k, v in vars(detector).items()
+                if k not in apart and not inspect.isroutine(v)}
         moved = [name for name, p in nets.named_parameters() if id(p) in progress.moved]
         on_gpu = torch.device(device).type == 'cuda'
         state = dict(
             at=(self.runs, epoch), nets=nets.state_dict(), batches=progress.batches, moved=moved,
-            learned={k: v for k, v in vars(detector).items()
-                     if k not in apart and not inspect.isroutine(v)},
+            held={k: v.state_dict() for k, v in mine.items() if hasattr(v, 'state_dict')},
+            learned={k: v for k, v in mine.items() if not hasattr(v, 'state_dict')},
             optimizers={k: [o.state_dict() for o in _listed(v)]
                         for k, v in detector.optimizers_.items()},
             averages={k: v.state_dict() for k, v in progress.averages.items()},
@@ -930,11 +940,15 @@ class _Checkpoint:
         head['digest'] = digest(head, tensors)
         write_atomically(self.path, to_safetensors(tensors, head))
 
-    def _put_back(self, detector, at, nets, batches, moved, learned, optimizers, averages, order,
-                  random, random_gpu):
+    def _put_back(self, detector, at, nets, batches, moved, held, learned, optimizers, averages,
+                  order, random, random_gpu):
         progress, place = detector._progress, detector._progress.data.device
         detector.nets_.load_state_dict(nets)
-        for k, v in learned.items(): setattr(detector, k, v.to(place) if torch.is_tensor(v) else v)
+        for k, v in held.items(): getattr(detector, k).load_state_dict(_on(place, v))
+        for k, v in learned.items():
+            now = getattr(detector, k, None)
+            if isinstance(now, nn.Parameter): now.data.copy_(v)   # its optimizer knows it
+            else: setattr(detector, k, _on(place, v))
         for name, found in optimizers.items():
             for optimizer, state in zip(_listed(detector.optimizers_[name]), found, strict=True):
                 optimizer.load_state_dict(state)

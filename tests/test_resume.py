@@ -1,6 +1,7 @@
 """A training that goes on from its checkpoint ends as one without a pause, or is refused."""
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ from torch import nn
 
 from ad_course import detector as spine
 from ad_course.aae import AAE
+from ad_course.achc import ACHC
 from ad_course.ae import AE
 from ad_course.baselines import PCA
+from ad_course.cwdsvdd import Bank, CWDSVDD
 from ad_course.dae import DAE, SDAE
 from ad_course.deepsad import DeepSAD
 from ad_course.deepsvdd import DeepSVDD
@@ -25,6 +28,7 @@ from .mutants import assert_caught, changed, mutant
 X = np.random.default_rng(0).random((22, 1, 8, 8), dtype='float32')
 Y = np.repeat([0, 1], [17, 5])
 SMALL = dict(epochs=4, batch_size=8, code_dim=2, verbose=False)
+TINY = dict(batch_size=8, code_dim=4, width=2, verbose=False)
 
 
 class Duel(Detector):
@@ -86,6 +90,11 @@ make = {'AE': lambda: AE(**SMALL), 'DAE': lambda: DAE(**SMALL), 'AAE': lambda: A
         'conv': lambda: AE(**SMALL, arch='conv', width=4),
         'DeepSAD': lambda: DeepSAD(epochs=2, pretrain_epochs=2, width=2, code_dim=4, batch_size=8,
                                    verbose=False),
+        'CWDSVDD': lambda: CWDSVDD(epochs=3, pretrain_epochs=1, warm_up=2, wraps=40, redraw_every=2,
+                                   **TINY),
+        'CWDSVDD, components': lambda: CWDSVDD(epochs=2, pretrain_epochs=1, warm_up=1, wraps=40,
+                                               features='pca', components=3, **TINY),
+        'ACHC': lambda: ACHC(epochs=3, warm_up=1, wraps=40, redraw_every=2, latent_dim=2, **TINY),
         'soft': lambda: DeepSVDD(epochs=4, pretrain_epochs=2, width=2, code_dim=4, warm_up=1,
                                  objective='soft-boundary', batch_size=8, verbose=False),
         'Duel': lambda: Duel(epochs=4, batch_size=8, verbose=False),
@@ -216,9 +225,26 @@ def test_methods_whose_phases_hand_on_more_are_refused(path):
         assert not path.exists()
 
 
+def test_an_object_of_its_own_is_put_back_by_its_state(path):
+    """One that is not there when the training goes on is an error, never a dict in its place."""
+    class Holds(AE):
+        resumes = True
+        def train(self, data):
+            if not later: self._net = nn.Linear(2, 2)
+            super().train(data)
+    later = []
+    with pytest.raises(ConnectionError): fit(stopped_after(Holds(**SMALL), 2), checkpoint=path)
+    state = path.read_bytes()
+    d = Holds(**SMALL)
+    same_model(fit(Holds(**SMALL), checkpoint=path.with_name('other')), fit(d))
+    later.append(True)
+    path.write_bytes(state)
+    refused(Holds(**SMALL), path, 'does not fit this version of Holds')
+
+
 def test_what_no_file_can_hold_is_an_error(path):
     class Holds(AE):
-        def after_epoch(self, data, epoch): self._net = nn.Linear(2, 2)
+        def after_epoch(self, data, epoch): self._found = {3, 4}
     with pytest.raises(TypeError, match='cannot be saved'): fit(Holds(**SMALL), checkpoint=path)
     assert not path.exists()
 
@@ -232,7 +258,7 @@ def lost(*names):
         fresh = dict(random=torch.get_rng_state(), order=detector._progress.order.get_state(),
                      optimizers={}, batches=0,
                      averages={k: v.state_dict() for k, v in detector._progress.averages.items()},
-                     learned={'history_': state['learned']['history_']},
+                     learned={'history_': state['learned']['history_']}, held={},
                      nets=detector.nets_.state_dict())
         return real(self, detector, **state | {k: fresh[k] for k in names})
     return put_back
@@ -263,6 +289,24 @@ def test_the_sparse_part_is_part_of_the_state():
 def test_a_lost_piece_of_the_state_is_noticed(piece):
     check_resume(lost())
     assert_caught(check_resume, lost(piece))
+
+
+@pytest.mark.parametrize('name, n, piece', [('ACHC', 2, 'learned'), ('CWDSVDD', 5, 'held')])
+def test_a_lost_sphere_or_bank_is_noticed(name, n, piece):
+    check_resume(lost(), name, n)
+    assert_caught(partial(check_resume, name=name, n=n), lost(piece))
+
+
+def detached(self, detector, learned, **state):
+    """Attributes set anew, a parameter too, which its optimizer then moves no more."""
+    real(self, detector, learned=learned, **state)
+    for k, v in learned.items():
+        if isinstance(getattr(detector, k), nn.Parameter): setattr(detector, k, nn.Parameter(v))
+
+
+real = spine._Checkpoint._put_back
+def test_a_parameter_outside_of_the_networks_stays_with_its_optimizer():
+    assert_caught(partial(check_resume, name='ACHC', n=2), detached)
 
 
 # ---------------------------------------------------------------- save in the midst
