@@ -116,8 +116,14 @@ class Bank:
         self.points = torch.as_tensor(points, dtype=torch.float32, device=device)
 
     def __len__(self): return len(self.points)
-    def state_dict(self): return dict(points=self.points)
-    def load_state_dict(self, state): self.points = state['points']
+
+    def state_dict(self):
+        """What a checkpoint keeps."""
+        return dict(points=self.points)
+
+    def load_state_dict(self, state):
+        """The points of a checkpoint."""
+        self.points = state['points']
 
     def sample(self, b):
         """b of the points, drawn at random, with repetition."""
