@@ -8,7 +8,6 @@ __all__ = ['OBJECTIVES', 'soft_boundary', 'quantile_radius', 'guarded', 'guarded
            'lenet_encoder', 'lenet_decoder', 'LeNetSVDD']
 
 # %% ../nbs/3_one_class/32_deepsvdd.ipynb #00000005
-import warnings
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -133,7 +132,7 @@ def check_collapse(detector, data):
     """
     start = detector.spread_start_
     ratio = code_spread(detector, data) / start if start else 0.
-    if ratio < detector.collapse_below: warnings.warn(
+    if ratio < detector.collapse_below: detector.tell(
         f'{type(detector).__name__} has collapsed: its codes spread {ratio:.1e} times as far as '
         'before training, so all images look nearly the same to it, normal or not. Try fewer '
         'epochs, a smaller lr or weight_decay; a network without biases; a center away from 0')

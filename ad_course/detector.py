@@ -630,14 +630,14 @@ class _Fitting(_Training):
     def set_threshold(self, data):
         """`threshold_` from the scores of the training images that are not labelled anomalies.
 
-        A word where it flags more than three times the share that `contamination` names.
+        A word where it flags more than five times the share that `contamination` names.
         """
         scores, labels = self.training_scores(data)
         scores = scores[labels == 0]
         if not len(scores): raise ValueError('fit needs a normal image; every label is 1')
         self.threshold_ = self._checked_threshold(scores)
         flagged, n = int((scores > self.threshold_).sum()), len(scores)
-        if flagged > 3 * self.contamination * n + 1:   # a quantile never flags as many
+        if flagged > 5 * self.contamination * n + 1:   # a quantile never flags as many
             self.tell(f'the threshold of {type(self).__name__} follows a rule of its own and flags '
                       f'{flagged} of its {n} training images ({flagged / n:.0%}), where '
                       f'contamination is {self.contamination:.0%}; calibrate(x) sets it from other '

@@ -306,12 +306,9 @@ def test_hooks_that_mean_something_else_say_so():
     guards.against(found, 'hooks without a docstring of their own')
 
 
-SHOW_A_PATH = {'achc', 'deepsvdd'}   # until they say `detector.tell(message)`
-
-
 def test_warnings_show_no_file_of_ours():
     found = {name: f'line {lines[0]}' for name, tree in parsed_modules().items()
-             if name not in SHOW_A_PATH and (lines := guards.warnings_with_a_path(tree))}
+             if (lines := guards.warnings_with_a_path(tree))}
     guards.against(found, 'warnings.warn, where tell(who, message) shows a name')
 
 
