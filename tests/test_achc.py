@@ -483,13 +483,19 @@ def test_any_image(size, channels, tmp_path):
     np.testing.assert_array_equal(again.decision_function(x), d.decision_function(x))
 
 
+WRAPPING = 'epsilon_factor', 'rule', 'redraw_every', 'mu'
+
+
 @pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('settings', [
-    dict(features='pca', components=12), dict(generated_weight=0., similarity_weight=0., wraps=0),
-    dict(generated_weight=0., wraps=0), dict(redraw_every=1, precision='bfloat16')])
-def test_promises_of_other_settings(settings):
+@pytest.mark.parametrize('settings, idle', [
+    (dict(features='pca', components=12), ()), (dict(redraw_every=1, precision='bfloat16'), ()),
+    (dict(generated_weight=0., wraps=0), WRAPPING),
+    (dict(generated_weight=0., similarity_weight=0., wraps=0),
+     (*WRAPPING, 'generator_lr', 'latent_dim'))])
+def test_promises_of_other_settings(settings, idle):
+    """Where nobody repels, or plays, `idle` are the hyper-parameters that have nothing to do."""
     quick = dict(width=8, wraps=300, epochs=10, pretrain_epochs=10, warm_up=5)
-    check_detector(ACHC(**quick | settings))
+    check_detector(changed(ACHC, acts_with=dict.fromkeys(idle))(**quick | settings))
 
 
 def test_wrapping_points_are_drawn_again_where_they_are_due():
