@@ -831,9 +831,6 @@ def png_width(data):
 # Pixels, with the white border of 9 on each side: from half of the page to the page. A browser
 # shrinks what is wider, and its letters with it.
 NARROWEST, WIDEST = 350, 90 * p.PAGE + 45
-# Drawn before the sizes were chosen: a notebook leaves this list when it has run anew.
-OF_OLD = {'11_ae', '13_sae', '14_cae', '15_vae', '16_rda', '17_aae', '18_rsrae', '31_classical',
-          '33_deepsad', '36_achc', '1_solutions_autoencoders'}
 
 
 def of_another_size(notebook):
@@ -849,7 +846,7 @@ def of_another_size(notebook):
 @pytest.mark.parametrize('notebook', notebooks(), ids=str)
 def test_figures_are_as_wide_as_they_are_read(notebook):
     faults = [*of_another_size(notebook)]
-    assert not faults or notebook.path.stem in OF_OLD, f'{notebook}:\n' + '\n'.join(faults)
+    assert not faults, f'{notebook}:\n' + '\n'.join(faults)
 
 
 def test_a_figure_of_another_size_is_found():
