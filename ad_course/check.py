@@ -560,7 +560,9 @@ def check_detector(detector, only=None, shape=(1, 8, 8)):
             bar.set_description(name)
             try: PROMISES[name](trial)
             except AssertionError as e: broken[name] = str(e)
-            except Exception as e: broken[name] = f'{type(e).__name__}: {e}'
+            except Exception as e:
+                said = re.sub(r'\S*[/\\](?=\w+\.safetensors)', '', str(e))   # a folder gone by now
+                broken[name] = f'{type(e).__name__}: {said}'
             bar.update()
     if broken: raise BrokenPromise(type(detector).__name__, broken)
     return names

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ad_course import achc, deepsvdd, rsrae
 from ad_course.achc import free_sphere
+from ad_course.baselines import PCA
 from ad_course.check import BrokenPromise, check_detector, PROMISES
 from ad_course.deepsvdd import warm_start
 from ad_course.detector import Detector, total_loss
@@ -484,3 +485,11 @@ def test_hyper_parameters_that_were_ignored_are_noticed(name):
     with mutant(owner, **{hook: broken}), pytest.raises(BrokenPromise) as caught:
         check_detector(make(), only=['parameters_act'])
     assert caught.value.broken['parameters_act'].startswith(f'{name} does nothing')
+
+
+def test_a_reason_names_no_folder_that_is_gone(monkeypatch):
+    def refuses(trial): raise ValueError(r'C:\a\run.safetensors and /b/c/model.safetensors differ')
+    monkeypatch.setitem(PROMISES, 'refuses', refuses)
+    with pytest.raises(BrokenPromise) as caught: check_detector(PCA(verbose=False), ['refuses'])
+    assert caught.value.broken == {'refuses': 'ValueError: run.safetensors and model.safetensors '
+                                              'differ'}
