@@ -380,6 +380,12 @@ def test_mutant_is_caught(broken):
     assert list(caught.value.broken) == [MUTANTS[broken]]
 
 
+def test_what_the_first_fit_leaves_is_not_laid_to_the_seed():
+    both = ['refit_starts_anew', 'seed_decides']
+    with pytest.raises(BrokenPromise) as caught: check_detector(RemembersTheFirstFit(), only=both)
+    assert list(caught.value.broken) == both[:1]
+
+
 def test_a_loss_of_shape_b_b_is_refused_by_the_loop():
     class Matrix(SoundLabelled):
         def loss(self, xb, yb): return dict(deviation=(self.nets_.scorer(xb) - yb).square())
