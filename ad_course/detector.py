@@ -565,8 +565,10 @@ class _Training(_Moves):
         for name, mean in means.items():
             past = self.history_.setdefault(name, [])
             if not np.isfinite(mean):
+                rates = {k: v for k, v in self.get_params().items() if re.search('(^|_)lr$', k)}
+                words = ', '.join(f'{k}={v!r}' for k, v in rates.items())
                 raise FloatingPointError(f'loss term {name!r} must be finite; got {mean} in epoch '
-                                         f'{len(past) + 1}. Try a smaller lr than {self.lr:g}')
+                                         f'{len(past) + 1}. Try smaller rates than {words}')
             past.append(mean)
 
     def _quiet(self):
