@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'TRAINING', 'load', 'plain_defaults', 'isolated', 'total_lo
            'from_json', 'write_atomically', 'digest', 'read_file', 'known_detectors', 'Detector']
 
 # %% ../nbs/0_foundations/04_detector.ipynb #00000005
-import contextlib, copy, hashlib, importlib, inspect, json, numbers, os, pkgutil, re
+import contextlib, copy, functools, hashlib, importlib, inspect, json, numbers, os, pkgutil, re
 import tempfile, textwrap, threading, time, uuid
 from dataclasses import dataclass, fields
 from itertools import islice, takewhile
@@ -104,14 +104,19 @@ def total_loss(terms, b):
     return sum(term.mean() for term in terms.values())
 
 # %% ../nbs/0_foundations/04_detector.ipynb #e48555f8
+@functools.cache   # reading the source takes longer than all the rest
+def _comments(cls):
+    """Name -> comment of the hyper-parameters that a class itself declares."""
+    pattern = re.compile(r'^    (\w+) *:[^=#\n]+=[^#\n]+#[ ]*(.*)$', re.M)
+    with contextlib.suppress(OSError, TypeError):   # no source, in a bare interpreter
+        if '__annotations__' in vars(cls):
+            return dict(pattern.findall(textwrap.dedent(inspect.getsource(cls))))
+    return {}
+
+
 def _parameter_table(cls):
     """The hyper-parameters of a detector class with their defaults and comments, as text."""
-    comments, pattern = {}, re.compile(r'^    (\w+) *:[^=#\n]+=[^#\n]+#[ ]*(.*)$', re.M)
-    for base in reversed(cls.__mro__):
-        with contextlib.suppress(OSError, TypeError):   # no source, in a bare interpreter
-            if '__annotations__' in vars(base):
-                source = textwrap.dedent(inspect.getsource(base))
-                comments.update(pattern.findall(source))
+    comments = {k: v for base in reversed(cls.__mro__) for k, v in _comments(base).items()}
     rows = [(f'{f.name} = {f.default!r}', comments.get(f.name, '')) for f in fields(cls)]
     return '\n'.join(f'    {left:30} {comment}'.rstrip() for left, comment in rows)
 
