@@ -166,16 +166,20 @@ def settle(page):
 
 
 def move(page, handle):
-    """Moves a slider by keys until what it draws changes; whether it did. At its end it turns."""
+    """Moves a slider by keys until what it draws changes; whether it did. At its end it turns.
+
+    A look after each key, one more when all is quiet: a drawing that comes late is not missed."""
     handle.scroll_into_view_if_needed()
-    before = page.evaluate(DRAWN)
+    before, changed = page.evaluate(DRAWN), False
     handle.focus()
     for key in ('ArrowRight', 'ArrowRight', 'ArrowLeft', 'ArrowLeft', 'ArrowLeft', 'End', 'Home'):
         page.keyboard.press(key)
         page.wait_for_timeout(300)
-        settle(page)
-        if page.evaluate(DRAWN) != before: return True
-    return False
+        page.wait_for_function(IDLE)
+        changed = page.evaluate(DRAWN) != before
+        if changed: break
+    settle(page)
+    return changed or page.evaluate(DRAWN) != before
 
 
 def complaints(page, path):

@@ -15,9 +15,10 @@ from .project import (ROOT, Notebook, environment, notebook_paths, project_files
                       write_notebook)
 
 
-@pytest.fixture
-def project(tmp_path):
-    """A project of one notebook, in sync."""
+@pytest.fixture(scope='module')
+def pristine(tmp_path_factory):
+    """A project of one notebook, in sync: only copies of it are used."""
+    tmp_path = tmp_path_factory.mktemp('pristine')
     shutil.copy(ROOT/'settings.ini', tmp_path)
     (tmp_path/'ad_course').mkdir()
     (tmp_path/'ad_course'/'__init__.py').touch()
@@ -30,6 +31,12 @@ def project(tmp_path):
     sync.run_nbdev(tmp_path)
     sync.readme.write(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def project(pristine, tmp_path):
+    """A copy of that project, to be spoiled."""
+    return shutil.copytree(pristine, tmp_path, dirs_exist_ok=True)
 
 
 def digests(root): return {p: p.read_bytes() for p in root.rglob('*') if p.is_file()}
@@ -138,9 +145,9 @@ def test_nothing_to_run_is_a_failure(project, what):
 def test_a_job_that_hangs_is_stopped_and_named(project):
     write_notebook(project/'nbs'/'02_two.ipynb', 'import time; time.sleep(600)')
     job, = (job for job in stages.listed(project) if '02_two' in job.name)
-    job.limit = 6
+    job.limit = 3
     total = stages.prove([job])
-    assert 'stopped after 6 s' in total['failed'][0] and not total['passed']
+    assert 'stopped after 3 s' in total['failed'][0] and not total['passed']
 
 
 def test_a_job_that_dies_is_a_failure(project):
