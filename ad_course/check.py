@@ -275,10 +275,11 @@ class ShortTrainings:
         value, tried = self.value(name, settings), []
         before = self.outcome(**settings)
         for other in chain(other_values(value), self.words(name, settings)):
+            if other == value: continue
             try: after = self.outcome(**settings | {name: other})
             except (ValueError, TypeError, FloatingPointError): continue
             if after != before: return ''
-            if other != value: tried.append(other)
+            tried.append(other)
         if not tried: return ''   # refused, but not ignored
         seen = ' or '.join(f'{v:g}' if is_number(v) else repr(v) for v in (value, *tried))
         return f'{name} does nothing: {seen}, all is the same'
