@@ -6,16 +6,17 @@
 __all__ = ['cross_entropy_critic', 'cross_entropy_generator', 'least_squares_critic', 'least_squares_generator', 'equilibrium',
            'GAN', 'LSGAN', 'RebuildingCritic', 'BEGAN']
 
-# %% ../nbs/2_gans/21_gan.ipynb #a87884cb
+# %% ../nbs/2_gans/21_gan.ipynb #d6a4fa26
 from dataclasses import dataclass
 import torch
 from sklearn.exceptions import NotFittedError
 from torch import nn
 from torch.nn import functional as F
 from .ae import Reconstructor
+from .detector import check_count
 from .networks import Critic, decoder, encoder, generator
 
-# %% ../nbs/2_gans/21_gan.ipynb #79b5af06
+# %% ../nbs/2_gans/21_gan.ipynb #9fbfbfde
 def cross_entropy_critic(on_real, on_fake):
     """-V of equation (1): the critic calls real images 1 and generated ones 0.
 
@@ -28,7 +29,7 @@ def cross_entropy_generator(on_fake):
     """-log D(G(z)), the non-saturating loss of the generator: logits (b,) -> term (b,)."""
     return dict(fooling=F.softplus(-on_fake))
 
-# %% ../nbs/2_gans/21_gan.ipynb #7f653511
+# %% ../nbs/2_gans/21_gan.ipynb #0110697c
 def least_squares_critic(on_real, on_fake):
     """Equation (4): real images shall get 1, generated ones 0. Answers (b,) -> terms (b,).
 
@@ -41,7 +42,7 @@ def least_squares_generator(on_fake):
     """Equation (5): generated images shall get 1. Answers (b,) -> term (b,)."""
     return dict(fooling=(on_fake - 1).square() / 2)
 
-# %% ../nbs/2_gans/21_gan.ipynb #635e3545
+# %% ../nbs/2_gans/21_gan.ipynb #a6837485
 def equilibrium(k, on_real, on_fake, gamma, rate):
     """Equation (8): (the next k, the measure of convergence M), from two mean losses ().
 
@@ -50,7 +51,7 @@ def equilibrium(k, on_real, on_fake, gamma, rate):
     missing = gamma * on_real - on_fake
     return (k + rate * missing).clamp(0, 1), on_real + missing.abs()
 
-# %% ../nbs/2_gans/21_gan.ipynb #5b866f43
+# %% ../nbs/2_gans/21_gan.ipynb #40fdb244
 @dataclass(kw_only=True, eq=False, repr=False)
 class GAN(Reconstructor):
     """Generative adversarial network; score: distance to the nearest of many generated images.
@@ -109,23 +110,25 @@ class GAN(Reconstructor):
         return torch.randn(n, self.latent_dim, generator=self.rng(), device=device)
 
     def sample(self, n):
-        """n generated images, the same at each call: array (n, c, h, w)."""
+        """n generated images, the same at each call with this n: array (n, c, h, w)."""
+        check_count(n)
         if not hasattr(self, 'threshold_'): raise NotFittedError('call fit(x) before sample')
         with torch.no_grad(): return self.nets_.eval().generator(self.draws(n)).cpu().numpy()
 
     def set_threshold(self, data):
         """Generate the images among which scores search, then the threshold."""
-        with torch.no_grad(): self.bank_ = self.nets_.eval().generator(self.draws(self.n_draws))
+        self.codes_ = self.draws(self.n_draws)                                  # (n, latent_dim)
+        with torch.no_grad(): self.bank_ = self.nets_.eval().generator(self.codes_)
         super().set_threshold(data)
 
     def nearest(self, xb):
         """Which of the generated images is nearest to each image of a batch: (b,)."""
         return torch.cdist(xb.flatten(1), self.bank_.flatten(1)).argmin(1)
 
-    def code(self, xb): return self.draws(self.n_draws)[self.nearest(xb)]   # (b, latent_dim)
-    def reconstruction(self, xb): return self.bank_[self.nearest(xb)]       # (b, c, h, w)
+    def code(self, xb): return self.codes_[self.nearest(xb)]             # (b, latent_dim)
+    def reconstruction(self, xb): return self.bank_[self.nearest(xb)]    # (b, c, h, w)
 
-# %% ../nbs/2_gans/21_gan.ipynb #433c676c
+# %% ../nbs/2_gans/21_gan.ipynb #664c9ea9
 class LSGAN(GAN):
     """GAN with least squares in place of cross-entropy (Mao et al. 2017)."""
     def critic_loss(self, xb):
@@ -136,7 +139,7 @@ class LSGAN(GAN):
         """Equation (5) for as many generated images as the batch has: a term (b,)."""
         return least_squares_generator(self.critic_output(self.fake(len(xb))))
 
-# %% ../nbs/2_gans/21_gan.ipynb #5a48e356
+# %% ../nbs/2_gans/21_gan.ipynb #dd7f8b70
 class RebuildingCritic(nn.Module):
     """An autoencoder, judged by how badly it rebuilds an image: (b, c, h, w) -> (b,)."""
     def __init__(self, code_dim, **sizes):
@@ -147,7 +150,7 @@ class RebuildingCritic(nn.Module):
 
     def forward(self, x): return (x - self.rebuild(x)).abs().flatten(1).mean(1)
 
-# %% ../nbs/2_gans/21_gan.ipynb #d62ed7bd
+# %% ../nbs/2_gans/21_gan.ipynb #d1e1f3ec
 @dataclass(kw_only=True, eq=False, repr=False)
 class BEGAN(GAN):
     """Boundary equilibrium GAN: the critic is an autoencoder (Berthelot et al. 2017).
@@ -160,7 +163,8 @@ class BEGAN(GAN):
 
     def check_params(self):
         super().check_params()
-        self.require_number('gamma', 'k_rate', above=0)
+        self.require_number('gamma', above=0, most=1)
+        self.require_number('k_rate', above=0)
         self.require_whole('code_dim', least=1)
 
     def networks(self, shape):

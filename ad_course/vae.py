@@ -14,7 +14,7 @@ import torch
 from sklearn.exceptions import NotFittedError
 from torch import nn
 from .ae import AE
-from .detector import is_number
+from .detector import check_count, is_number
 from .networks import decay_terms, decoder, encoder
 
 # %% ../nbs/1_autoencoders/15_vae.ipynb #0000000c
@@ -130,5 +130,6 @@ class VAE(AE):
 
     def sample(self, n):
         """Images g(z) for n codes from the prior, the same at each call: array (n, c, h, w)."""
+        check_count(n)
         if not hasattr(self, 'threshold_'): raise NotFittedError('call fit(x) before sample')
         with torch.no_grad(): return self.nets_.eval().decoder(self.draws(n)).cpu().numpy()

@@ -12,6 +12,7 @@ from ad_course.detector import _Progress, isolated, load, total_loss
 from ad_course.gan import (BEGAN, GAN, LSGAN, cross_entropy_critic, cross_entropy_generator,
                            equilibrium, least_squares_critic, least_squares_generator)
 from ad_course.metrics import energy_distance
+from ad_course.networks import Critic, decoder
 
 from .mutants import assert_caught, each_mutant
 
@@ -148,7 +149,48 @@ def check_score(cls):
     assert np.array_equal(d.sample(50), bank), 'samples are the same at each call'
 
 
-CHECKS = (check_values, check_pull, check_players, check_turns, check_draws, check_score)
+def check_bank(cls):
+    """Draws from N(0, I) by the seed, n_draws of them, through batch statistics at rest."""
+    x = np.random.default_rng(3).random((24, 1, 8, 8), dtype='float32')
+    d = cls(**SMALL | dict(n_draws=7, seed=5), arch='conv', epochs=3, batch_size=8).fit(x)
+    z = torch.randn(7, 3, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad(): images = d.nets_.eval().generator(z)
+    same = d.bank_.shape == images.shape and torch.allclose(d.bank_, images, atol=1e-6)
+    assert same, 'bank'
+    assert np.allclose(d.sample(7), images, atol=1e-6) and not d.nets_.training, 'samples'
+    codes = d.encode(x)
+    assert np.allclose(codes, z[d.nearest(torch.tensor(x))]), 'codes'
+    d.set_params(n_draws=3, seed=1)                # after fit: what was drawn stays what it is
+    assert np.array_equal(d.encode(x), codes), 'codes'
+
+
+def check_networks(cls):
+    """Every size reaches both networks; batch normalization in both for 'conv', none for 'mlp'."""
+    def shapes(**settings):
+        nets = cls(**SMALL | settings).networks((1, 8, 8))
+        return {n: sorted(tuple(p.shape) for p in net.parameters()) for n, net in nets.items()}
+    for change in (dict(width=3), dict(arch='conv')):
+        assert all(shapes()[n] != s for n, s in shapes(**change).items()), f'{change} is not heard'
+    for arch, wanted in (('conv', True), ('mlp', False)):
+        for name, net in cls(**SMALL, arch=arch).networks((1, 8, 8)).items():
+            norms = any('BatchNorm' in type(layer).__name__ for layer in net.modules())
+            assert norms == wanted, f'normalization of the {name}'
+
+
+def check_separate(cls):
+    """Real and generated images pass the critic in batches of their own."""
+    x = np.random.default_rng(3).random((24, 1, 8, 8), dtype='float32')
+    d, xb = cls(**SMALL, arch='conv', epochs=0).fit(x), torch.tensor(x)
+    d.nets_.train()
+    with isolated(4): terms = d.critic_loss(xb)
+    with isolated(4): fake = d.fake(len(xb))
+    truth = TRUTHS[kind_of(cls)]
+    for name, images in (('real', xb), ('fake', fake)):
+        assert torch.allclose(terms[name], truth[name](d.nets_.critic(images)), atol=1e-5), name
+
+
+CHECKS = (check_values, check_pull, check_players, check_turns, check_draws, check_score,
+          check_bank, check_networks, check_separate)
 
 
 @pytest.mark.parametrize('cls', (GAN, LSGAN))
@@ -156,7 +198,8 @@ CHECKS = (check_values, check_pull, check_players, check_turns, check_draws, che
 def test_the_chapter_keeps(check, cls): check(cls)
 
 
-@pytest.mark.parametrize('check', (check_players, check_turns, check_score))
+@pytest.mark.parametrize('check', (check_players, check_turns, check_score, check_bank,
+                                   check_networks))
 def test_began_keeps(check): check(BEGAN)
 
 
@@ -241,6 +284,45 @@ class OtherDraws(GAN):
         super().set_threshold(data)
         self.bank_ = self.bank_.flip(0)
 
+class BankInTraining(GAN):
+    def set_threshold(self, data):
+        super().set_threshold(data)
+        with torch.no_grad(): self.bank_ = self.nets_.train().generator(self.codes_)
+        self.nets_.eval()
+
+class AlwaysFifty(GAN):
+    def set_threshold(self, data):
+        super().set_threshold(data)
+        self.codes_ = self.draws(50)
+        with torch.no_grad(): self.bank_ = self.nets_.generator(self.codes_)
+
+class OwnSeed(GAN):
+    def draws(self, n):
+        return torch.randn(n, self.latent_dim, generator=torch.Generator().manual_seed(0))
+
+class UniformDraws(GAN):
+    def draws(self, n): return torch.rand(n, self.latent_dim, generator=self.rng())
+
+class SampleInTraining(GAN):
+    def sample(self, n):
+        with torch.no_grad(): return self.nets_.train().generator(self.draws(n)).numpy()
+
+class DrawsAgain(GAN):
+    def code(self, xb): return self.draws(self.n_draws)[self.nearest(xb) % self.n_draws]
+
+def sized(generator={}, critic={}):
+    """A GAN of which one network hears other sizes."""
+    def networks(self, shape):
+        sizes = dict(shape=shape, arch=self.arch, width=self.width)
+        return dict(generator=decoder(**dict(code_dim=self.latent_dim) | sizes | generator),
+                    critic=Critic(**dict(norm=None) | sizes | critic))
+    return type(f'Sized{[*generator, *critic]}', (GAN,), dict(networks=networks))
+
+class OnePass(GAN):
+    def critic_loss(self, xb):
+        both = self.critic_output(torch.cat([xb, self.fake(len(xb))]))
+        return cross_entropy_critic(*both.chunk(2))
+
 class OfTheCritic(GAN):
     def image_score(self, xb): return -self.critic_output(xb)
 
@@ -274,6 +356,23 @@ def test_a_game_that_teaches_nothing_is_caught(why, broken):
 def test_wrong_scores_are_caught(why, broken): assert_caught(check_score, broken, why)
 
 
+@each_mutant({'bank': (BankInTraining, AlwaysFifty, OwnSeed, UniformDraws),
+              'samples': (SampleInTraining,), 'codes': (DrawsAgain,)})
+def test_wrong_draws_are_caught(why, broken): assert_caught(check_bank, broken, why)
+
+
+@each_mutant({'width': (sized(dict(width=2)), sized(critic=dict(width=2))),
+              'arch': (sized(dict(arch='auto')), sized(critic=dict(arch='auto'))),
+              'of the generator': (sized(dict(norm=False)),),
+              'of the critic': (sized(critic=dict(norm=False)),)})
+def test_sizes_that_are_not_heard_are_caught(why, broken):
+    assert_caught(check_networks, broken, why)
+
+
+@each_mutant({'real|fake': (OnePass,)})
+def test_mixed_batches_are_caught(why, broken): assert_caught(check_separate, broken, why)
+
+
 # ---------------------------------------------------------------- BEGAN
 def check_thermostat(cls):
     """Equations (7) and (8) over ten steps, k worked out by hand from the recorded terms."""
@@ -290,15 +389,45 @@ def check_thermostat(cls):
         assert torch.allclose(critic['real'], real), 'real'
         assert torch.allclose(critic['fake'], -k * made, atol=1e-6), 'fake'
         with isolated(2): terms = d.step(XB)
-        ours, theirs = (float(terms[n].detach().mean()) for n in ('critic/real', 'generator/fooling'))
+        mean = lambda name: float(terms[name].detach().mean())
+        ours, theirs = mean('critic/real'), mean('generator/fooling')
         assert np.isclose(float(terms['convergence']), ours + abs(.4 * ours - theirs)), 'M'
         k = min(max(k + .5 * (.4 * ours - theirs), 0), 1)
         assert np.isclose(float(d.nets_.critic.k), k, atol=1e-6), 'k'
+        assert terms['k'] == d.nets_.critic.k, 'k is recorded'
         with torch.no_grad(): d.nets_.critic.k.fill_(k := k + .1)      # so that it is seen to act
     return d
 
 
+def check_slope(cls):
+    """Equation (7), left, moves the critic by both of its terms."""
+    d = raw(cls)
+    d.nets_.critic.k.fill_(.5)
+    weights = [*d.nets_.critic.parameters()]
+    with isolated(4): ours = total_loss(d.critic_loss(XB), len(XB))
+    rebuilt = lambda x: (x - d.nets_.critic.rebuild(x)).abs().mean()
+    with isolated(4): fake = d.fake(len(XB)).detach()
+    theirs = rebuilt(XB) - .5 * rebuilt(fake)
+    ours, theirs = (torch.autograd.grad(loss, weights) for loss in (ours, theirs))
+    same = all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, theirs))
+    assert same, 'slope of the critic'
+
+
 def test_began_follows_its_thermostat(): check_thermostat(BEGAN)
+def test_began_moves_by_both_terms(): check_slope(BEGAN)
+
+
+def test_code_dim_reaches_the_critic():
+    wide, narrow = (BEGAN(**SMALL, code_dim=k).networks((1, 8, 8))['critic'] for k in (5, 2))
+    count = lambda net: sum(p.numel() for p in net.parameters())
+    assert count(wide) > count(narrow)
+
+
+@pytest.mark.parametrize('wrong', (dict(gamma=1.5), dict(gamma=0), dict(k_rate=0),
+                                   dict(code_dim=0), dict(beta1=1.), dict(latent_dim=0)))
+def test_began_refuses(wrong):
+    name = [*wrong][0]
+    with pytest.raises(ValueError, match=f'BEGAN: {name}'): BEGAN(**SMALL | wrong).fit(X)
 
 
 class PaysForFakes(BEGAN):
@@ -328,14 +457,24 @@ class Squared(BEGAN):
         return (xb - self.nets_.critic.rebuild(xb)).square().mean((1, 2, 3))
 
 
+class FakesDetached(BEGAN):
+    def critic_loss(self, xb):
+        return super().critic_loss(xb) | dict(
+            fake=-self.nets_.critic.k * self.critic_output(self.fake(len(xb))).detach())
+
+
+def test_detached_fakes_are_caught(): assert_caught(check_slope, FakesDetached, 'slope')
+
+
 @each_mutant({'fake': (PaysForFakes, IgnoresK), 'k': (OtherWay, KStands), 'real': (Squared,)})
 def test_a_wrong_thermostat_is_caught(why, broken): assert_caught(check_thermostat, broken, why)
 
 
 def test_the_thermostat_stays_between_0_and_1():
-    for k, on_real, on_fake, expected in ((.9, 1., 0., 1.), (.1, 0., 1., 0.), (.5, .2, .1, .5)):
-        k, _ = equilibrium(*torch.tensor([k, on_real, on_fake]), gamma=.5, rate=2.)
-        assert np.isclose(float(k), expected)
+    for k, on_real, on_fake, expected, convergence in (
+            (.9, 1., 0., 1., 1.5), (.1, 0., 1., 0., 1.), (.5, .2, .1, .5, .2)):
+        k, m = equilibrium(*torch.tensor([k, on_real, on_fake]), gamma=.5, rate=2.)
+        assert np.isclose(float(k), expected) and np.isclose(float(m), convergence)
 
 
 def test_k_is_saved_with_the_model(tmp_path):
@@ -380,6 +519,15 @@ def test_rates_and_memory_reach_the_optimizers():
     assert {k: g['lr'] for k, g in groups.items()} == dict(generator=.1, critic=.2)
     assert all(g['betas'] == (.3, .999) for g in groups.values())
     assert raw(GAN, beta1=0).optimizers_['critic'].param_groups[0]['betas'][0] == 0   # an int works
+
+
+@pytest.mark.parametrize('wrong', (-1, 2.5, 'a', None, True))
+def test_sample_wants_a_number(wrong):
+    with pytest.raises(ValueError, match='n must be a whole number'): GAN().sample(wrong)
+
+
+def test_the_losses_of_a_game_need_not_fall():
+    assert GAN.loss_falls is LSGAN.loss_falls is BEGAN.loss_falls is False
 
 
 def test_sample_needs_a_fit():
