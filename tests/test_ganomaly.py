@@ -1,0 +1,430 @@
+"""GANomaly: the three losses, the score, who moves whom, the two codes; mutants of each."""
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ad_course.detector import _Progress, isolated, load, total_loss
+from ad_course.ganomaly import GANomaly, contextual, feature_matching, latent_difference
+
+from .mutants import assert_caught, changed, each_mutant
+
+X = np.random.default_rng(0).random((40, 1, 4, 4), dtype='float32')
+XB = torch.tensor(X)
+SMALL = dict(code_dim=3, width=2, verbose=False)
+GENERATOR = {'encoder', 'decoder', 'second_encoder'}
+
+
+def raw(cls, **params):
+    """An untrained detector, ready for single steps."""
+    d = cls(**SMALL | dict(epochs=0) | params).fit(X)
+    d.optimizers_ = d.optimizers()
+    d._progress = _Progress(d)
+    return d
+
+
+def weights(d, name): return torch.cat([p.detach().flatten() for p in d.nets_[name].parameters()])
+
+
+def moved(d, player, loss, steps=1):
+    """Names of the networks that so many moves of one player change."""
+    before = {name: weights(d, name).clone() for name in d.nets_}
+    with isolated(0):
+        for _ in range(steps): d.descend(player, loss, XB)
+    return {name for name in d.nets_ if not torch.equal(before[name], weights(d, name))}
+
+
+class Scale(nn.Module):
+    """A network that multiplies three pixels or numbers by its weights, in some shape."""
+    def __init__(self, w, *shape):
+        super().__init__()
+        self.w, self.shape = nn.Parameter(torch.tensor(w)), shape
+    def forward(self, x): return (x.flatten(1) * self.w).reshape(len(x), *self.shape)
+
+
+class Watch(Scale):
+    """A critic that sees three weighted pixels and answers with their sum."""
+    def features(self, x): return Scale.forward(self, x)
+    def forward(self, x): return self.features(x).sum(1)
+
+
+W = dict(encoder=[1., -1., .5], decoder=[.5, 1., 3.], second_encoder=[3., 2., -1.],
+         critic=[1., -2., 3.])
+PIXELS = torch.rand(6, 1, 1, 3, generator=torch.Generator().manual_seed(2))
+
+
+def shown(cls, **params):
+    """The class with networks that can be worked out, on images of three pixels."""
+    def networks(self, shape):
+        shapes = dict(encoder=[3], decoder=[1, 1, 3], second_encoder=[3], critic=[3])
+        return {k: (Watch if k == 'critic' else Scale)(W[k], *shapes[k]) for k in W}
+    d = type('Shown', (cls,), dict(networks=networks))(epochs=0, verbose=False, **params)
+    return d.fit(np.random.default_rng(1).random((6, 1, 1, 3), dtype='float32'))
+
+
+def worked_out(x, w=W):
+    """Code, rebuilt pixels and second code (b, 3) of the networks above, without them."""
+    w = {k: torch.as_tensor(v) for k, v in w.items()}
+    code = x.flatten(1) * w['encoder']
+    rebuilt = code * w['decoder']
+    return code, rebuilt, rebuilt * w['second_encoder']
+
+
+def generator_truth(x, weights=(1., 50., 1.), w=W):
+    """Equation (4) term by term, (b,) each."""
+    (code, rebuilt, again), c = worked_out(x, w), torch.as_tensor(w['critic'])
+    pixels = x.flatten(1)
+    terms = (((pixels * c - rebuilt * c)**2).sum(1) / 3, (pixels - rebuilt).abs().sum(1) / 3,
+             ((code - again)**2).sum(1) / 3)
+    return dict(zip(('adversarial', 'contextual', 'encoder'),
+                    (weight * term for weight, term in zip(weights, terms))))
+
+
+# ---------------------------------------------------------------- equations
+def check_values(cls):
+    """Each term on known networks, for the default weights and for others."""
+    chosen = dict(adversarial_weight=2., contextual_weight=3., encoder_weight=5.)
+    for params, expected in (({}, (1., 50., 1.)), (chosen, (2., 3., 5.))):
+        d, truth = shown(cls, **params), generator_truth(PIXELS, expected)
+        terms = d.generator_loss(PIXELS)
+        assert terms.keys() == truth.keys(), 'names of the terms'
+        for name, value in truth.items():
+            assert terms[name].shape == (6,), f'shape of {name}'
+            assert torch.allclose(terms[name], value, atol=1e-5), f'value of {name}'
+    critic = torch.tensor(W['critic'])
+    on_real, on_fake = PIXELS.flatten(1) @ critic, worked_out(PIXELS)[1] @ critic
+    one = torch.ones(6)
+    truth = dict(real=F.binary_cross_entropy_with_logits(on_real, one, reduction='none'),
+                 fake=F.binary_cross_entropy_with_logits(on_fake, 0 * one, reduction='none'))
+    terms = d.critic_loss(PIXELS)
+    assert terms.keys() == truth.keys(), 'names of the terms of the critic'
+    for name, value in truth.items():
+        assert terms[name].shape == (6,), f'shape of {name}'
+        assert torch.allclose(terms[name], value, atol=1e-5), f'value of {name}'
+
+
+def check_slopes(cls):
+    """Equation (4) pulls at all three networks as autograd says of the formula."""
+    d = shown(cls)
+    w = {k: torch.tensor(v, requires_grad=True) for k, v in W.items()}
+    names = 'encoder', 'decoder', 'second_encoder'
+    expected = torch.autograd.grad(total_loss(generator_truth(PIXELS, w=w), 6),
+                                   [w[k] for k in names])
+    ours = [d.nets_[k].w for k in names]
+    found = torch.autograd.grad(total_loss(d.generator_loss(PIXELS), 6), ours, allow_unused=True)
+    for name, a, b in zip(names, found, expected):
+        assert a is not None and torch.allclose(a, b, atol=1e-4), f'slope of the {name}'
+
+
+# ---------------------------------------------------------------- the game
+def check_players(cls):
+    """Each step moves its own player and nobody else, in the right direction."""
+    d = raw(cls)
+    assert moved(d, 'critic', d.critic_loss) == {'critic'}, 'step of the critic'
+    assert moved(d, 'generator', d.generator_loss) == GENERATOR, 'step of the generator'
+    def gap():
+        with torch.no_grad():
+            return float((d.nets_.critic(XB) - d.nets_.critic(d.reconstruction(XB))).mean())
+    before = gap(); moved(d, 'critic', d.critic_loss, 30)
+    assert gap() > before + .01, 'the critic does not learn to tell them apart'
+    def residual(d):
+        with torch.no_grad(): return float((XB - d.reconstruction(XB)).abs().mean())
+    before = residual(d); moved(d, 'generator', d.generator_loss, 100)
+    assert residual(d) < .95 * before, 'the images do not come together'
+    d = raw(cls, adversarial_weight=0., contextual_weight=0.)
+    def apart():
+        with torch.no_grad(): return float((d.code(XB) - d.second_code(XB)).square().mean())
+    before = apart(); moved(d, 'generator', d.generator_loss, 30)
+    assert apart() < .7 * before, 'the codes do not come together'
+
+
+def check_turns(cls):
+    """One turn each, critic first; every term is recorded."""
+    turns = [(player, loss.__name__) for player, loss in cls(**SMALL).turns()]
+    assert turns == [('critic', 'critic_loss'), ('generator', 'generator_loss')], 'turns'
+    recorded = {k for k, v in cls(**SMALL, epochs=2).fit(X).history_.items() if len(v) == 2}
+    assert recorded == {'critic/real', 'critic/fake', 'generator/adversarial', 'seconds',
+                        'generator/contextual', 'generator/encoder'}, 'records'
+
+
+# ---------------------------------------------------------------- the score
+def check_score(cls):
+    """Equation (5) in both forms, from the networks' weights; the map is the residual's."""
+    code, rebuilt, again = worked_out(PIXELS)
+    for power in (1, 2):
+        expected = ((code - again).abs()**power).sum(1) / 3
+        score = shown(cls, score_power=power).decision_function(PIXELS)
+        assert np.allclose(score, expected, atol=1e-5), f'score of power {power}'
+    d = shown(cls)
+    assert np.allclose(d.encode(PIXELS), code, atol=1e-6), 'code'
+    assert np.allclose(d.for_each(d.second_code, PIXELS), again, atol=1e-5), 'second code'
+    residual = (PIXELS - rebuilt.reshape(6, 1, 1, 3)).square().sum(1)
+    assert np.allclose(d.anomaly_map(PIXELS), residual, atol=1e-5), 'map'
+
+
+def check_scoring_moves_nothing(cls):
+    """Not a weight, not a statistic of a batch, whatever mode the networks were left in; and a
+    score is the same alone, in a batch, twice, and sorted in any way."""
+    x = np.random.default_rng(3).random((24, 1, 8, 8), dtype='float32')
+    d = cls(**SMALL, arch='conv', epochs=2).fit(x)
+    before, scores = {k: v.clone() for k, v in d.nets_.state_dict().items()}, None
+    for mode in (False, True):
+        d.nets_.train(mode)
+        first = d.decision_function(x)
+        scores = first if scores is None else scores
+        assert np.allclose(first, scores, rtol=1e-4), 'the mode decides'
+        d.nets_.train(mode)
+        assert np.allclose(d.decision_function(x[::-1].copy())[::-1], scores, rtol=1e-4), 'order'
+        d.nets_.train(mode)
+        alone = np.concatenate([d.decision_function(x[i:i + 1]) for i in range(3)])
+        assert np.allclose(alone, scores[:3], rtol=1e-4), 'its company decides'
+    after = d.nets_.state_dict()
+    assert all(torch.equal(v, after[k]) for k, v in before.items()), 'scoring moves something'
+
+
+CHECKS = (check_values, check_slopes, check_players, check_turns, check_score,
+          check_scoring_moves_nothing)
+
+
+@pytest.mark.parametrize('check', CHECKS)
+def test_the_chapter_keeps(check): check(GANomaly)
+
+
+# ---------------------------------------------------------------- mutants
+def altered(loss, change, name):
+    """GANomaly with other terms of one loss."""
+    def other(self, xb): return change(getattr(GANomaly, loss)(self, xb))
+    other.__name__ = loss
+    return changed(GANomaly, name, **{loss: other})
+
+
+def without(term): return lambda terms: {k: v * (k != term) for k, v in terms.items()}
+def flipped(term): return lambda terms: {k: v * (-1 if k == term else 1) for k, v in terms.items()}
+
+
+TERMS = 'adversarial', 'contextual', 'encoder'
+MISSING = {k: altered('generator_loss', without(k), f'No_{k}') for k in TERMS}
+NEGATIVE = {k: altered('generator_loss', flipped(k), f'Negative_{k}') for k in TERMS}
+NO_REAL, NO_FAKE, HELPFUL = (
+    altered('critic_loss', change, name)
+    for change, name in ((without('real'), 'NoReal'), (without('fake'), 'NoFake'),
+                         (lambda terms: {k: -v for k, v in terms.items()}, 'Helpful')))
+COLUMN = altered('generator_loss', lambda t: {k: v[:, None] for k, v in t.items()}, 'Column')
+DETACHED = altered('generator_loss', lambda t: {k: v.detach() for k, v in t.items()}, 'Detached')
+
+
+class Swapped(GANomaly):
+    """Rebuilt images are called 1, real ones 0."""
+    def critic_loss(self, xb):
+        a, b = self.nets_.critic(xb), self.nets_.critic(self.reconstruction(xb))
+        return dict(real=F.softplus(a), fake=F.softplus(-b))
+
+class ComparesAnswers(GANomaly):
+    """The critic's answers in place of its features, as one library has it."""
+    def generator_loss(self, xb):
+        a, b = self.nets_.critic(xb), self.nets_.critic(self.reconstruction(xb))
+        return super().generator_loss(xb) | dict(adversarial=(a - b).square())
+
+class MatchesMeans(GANomaly):
+    def generator_loss(self, xb):
+        a, b = (self.nets_.critic.features(x).mean(0) for x in (xb, self.reconstruction(xb)))
+        apart = (a - b).square().mean().expand(len(xb))
+        return super().generator_loss(xb) | dict(adversarial=apart)
+
+class SquaredPixels(GANomaly):
+    def generator_loss(self, xb):
+        square = self.errors(xb).flatten(1).mean(1) * self.contextual_weight
+        return super().generator_loss(xb) | dict(contextual=square)
+
+class OfTheImage(GANomaly):
+    """The second encoder reads the image, not what was rebuilt."""
+    def second_code(self, xb): return self.nets_.second_encoder(xb)
+    def generator_loss(self, xb):
+        again = latent_difference(self.code(xb), self.second_code(xb), 2) * self.encoder_weight
+        return super().generator_loss(xb) | dict(encoder=again)
+
+class FirstTwice(GANomaly):
+    """The first encoder reads what was rebuilt, too."""
+    def second_code(self, xb): return self.nets_.encoder(self.reconstruction(xb))
+    def generator_loss(self, xb):
+        again = latent_difference(self.code(xb), self.second_code(xb), 2) * self.encoder_weight
+        return super().generator_loss(xb) | dict(encoder=again)
+
+class FixedCode(GANomaly):
+    """The encoder loss does not reach the first encoder."""
+    def generator_loss(self, xb):
+        again = self.nets_.second_encoder(self.reconstruction(xb))
+        apart = latent_difference(self.code(xb).detach(), again, 2)
+        return super().generator_loss(xb) | dict(encoder=apart)
+
+class NotTrained(GANomaly):
+    """The second encoder stands still."""
+    def optimizers(self):
+        """Its Adam is missing."""
+        generator = self.adam('encoder', 'decoder')
+        return dict(critic=self.adam('critic'), generator=generator)
+
+class CriticMovesAll(GANomaly):
+    def optimizers(self):
+        """The critic's Adam holds everything."""
+        return super().optimizers() | dict(critic=self.adam(*self.nets_))
+    def critic_loss(self, xb):
+        a, b = self.nets_.critic(xb), self.nets_.critic(self.reconstruction(xb))
+        return dict(real=F.softplus(-a), fake=F.softplus(b))
+
+class GeneratorMovesAll(GANomaly):
+    def optimizers(self):
+        """The generator's Adam holds everything."""
+        return super().optimizers() | dict(generator=self.adam(*self.nets_))
+
+class NoCritic(GANomaly):
+    def turns(self):
+        """The critic never moves."""
+        return super().turns()[1:]
+
+class NoGenerator(GANomaly):
+    def turns(self):
+        """The generator never moves."""
+        return super().turns()[:1]
+
+class Residual(GANomaly):
+    def image_score(self, xb): return contextual(xb, self.reconstruction(xb))
+
+class OfTheRebuilt(GANomaly):
+    """The score of a survey: of the rebuilt image."""
+    def image_score(self, xb): return super().image_score(self.reconstruction(xb))
+
+class Negated(GANomaly):
+    def image_score(self, xb): return -super().image_score(xb)
+
+class AlwaysSquares(GANomaly):
+    def image_score(self, xb): return latent_difference(self.code(xb), self.second_code(xb), 2)
+
+class TrainMode(GANomaly):
+    """Nobody calls eval() before scoring."""
+    def image_score(self, xb):
+        self.nets_.train()
+        return super().image_score(xb)
+
+class MinMax(GANomaly):
+    """Scores scaled over the batch."""
+    def image_score(self, xb):
+        s = super().image_score(xb)
+        return (s - s.min()) / (s.max() - s.min() + 1e-9)
+
+
+@each_mutant({f'value of {k}': (MISSING[k], NEGATIVE[k]) for k in TERMS}
+             | {'value of real': (NO_REAL, HELPFUL, Swapped), 'value of fake': (NO_FAKE,),
+                'shape': (COLUMN,), 'of adversarial': (ComparesAnswers, MatchesMeans),
+                'of contextual': (SquaredPixels,), 'of encoder': (OfTheImage, FirstTwice)})
+def test_wrong_losses_are_caught(why, broken): assert_caught(check_values, broken, why)
+
+
+@each_mutant({'slope of the encoder': (FixedCode, *MISSING.values(), *NEGATIVE.values()),
+              'slope': (OfTheImage, FirstTwice)})
+def test_wrong_slopes_are_caught(why, broken): assert_caught(check_slopes, broken, why)
+
+
+@each_mutant({'tell them apart': (HELPFUL, Swapped), 'step of the critic': (CriticMovesAll,),
+              'step of the generator': (GeneratorMovesAll, NotTrained),
+              'images do not': (MISSING['contextual'], NEGATIVE['contextual']),
+              'do not come together': (NEGATIVE['encoder'],)})
+def test_wrong_moves_are_caught(why, broken): assert_caught(check_players, broken, why)
+
+
+def test_a_loss_that_reaches_nobody_is_refused():
+    d = raw(DETACHED)
+    with pytest.raises(ValueError, match="'generator' must depend"):
+        d.descend('generator', d.generator_loss, XB)
+
+
+@each_mutant({'turns': (NoCritic, NoGenerator)})
+def test_wrong_turns_are_caught(why, broken): assert_caught(check_turns, broken, why)
+
+
+@each_mutant({'score': (Residual, OfTheRebuilt, Negated), 'score of power 1': (AlwaysSquares,),
+              'score of power': (OfTheImage, FirstTwice)})
+def test_wrong_scores_are_caught(why, broken): assert_caught(check_score, broken, why)
+
+
+@each_mutant({'decides': (TrainMode, MinMax)})
+def test_leaks_are_caught(why, broken):
+    assert_caught(check_scoring_moves_nothing, broken, 'decides|order|moves')
+
+
+# ---------------------------------------------------------------- pieces
+def test_equations_by_hand():
+    a, b = torch.tensor([[0., 3.], [1., 1.]]), torch.tensor([[2., -1.], [1., 0.]])
+    assert latent_difference(a, b, 1).tolist() == [3, .5]
+    assert latent_difference(a, b, 2).tolist() == [10, .5] == feature_matching(a, b).tolist()
+    assert contextual(a.view(2, 1, 1, 2), b.view(2, 1, 1, 2)).tolist() == [3, .5]
+
+
+def test_both_forms_of_the_score_can_disagree():
+    code = torch.tensor([[1., 1.], [0., 1.8]])
+    assert latent_difference(code, 0 * code, 1).argmax() == 0
+    assert latent_difference(code, 0 * code, 2).argmax() == 1
+
+
+def test_without_a_weight_the_critic_is_not_heard():
+    """It still learns, but what it says changes nothing."""
+    scores = [GANomaly(**SMALL, epochs=3, adversarial_weight=0., critic_lr=lr).fit(X)
+              .decision_function(X) for lr in (1e-4, 1e-1)]
+    assert np.allclose(*scores, rtol=1e-5)
+    heard = [GANomaly(**SMALL, epochs=3, adversarial_weight=10., critic_lr=lr).fit(X)
+             .decision_function(X) for lr in (1e-4, 1e-1)]
+    assert not np.allclose(*heard, rtol=1e-3)
+
+
+def test_rates_and_memory_reach_the_optimizers():
+    d = raw(GANomaly, lr=.1, critic_lr=.2, beta1=.3)
+    groups = {name: o.param_groups[0] for name, o in d.optimizers_.items()}
+    assert {k: g['lr'] for k, g in groups.items()} == dict(generator=.1, critic=.2)
+    assert all(g['betas'] == (.3, .999) for g in groups.values())
+
+
+@pytest.mark.parametrize('params, message', [
+    (dict(code_dim=0), 'code_dim must be a whole number, at least 1; got 0'),
+    (dict(width=0), 'width'), (dict(score_power=3), 'score_power must be one of 1, 2; got 3'),
+    (dict(score_power=1.), 'score_power'), (dict(beta1=1.), 'beta1'),
+    (dict(critic_lr=0), 'critic_lr'),
+    (dict(adversarial_weight=-1), 'adversarial_weight'), (dict(contextual_weight=-1), 'contextual'),
+    (dict(encoder_weight=float('nan')), 'encoder_weight'), (dict(arch='cnn'), 'arch')])
+def test_wrong_settings_are_named(params, message):
+    with pytest.raises(ValueError, match=message): GANomaly(**SMALL | params).fit(X)
+
+
+def test_an_exploding_game_names_player_term_epoch_and_rates():
+    with pytest.raises(FloatingPointError, match="'critic/real'.*epoch 1.*lr=1e\\+30"):
+        GANomaly(**SMALL, lr=1e30, epochs=3, batch_size=8).fit(X)
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (2, 9), (3, 5), (28, 28), (33, 32)])
+def test_any_image_fits(shape):
+    x = np.random.default_rng(0).random((4, 3, *shape), dtype='float32')
+    for arch in ('mlp', 'conv'):
+        d = GANomaly(**SMALL, arch=arch, epochs=1, batch_size=4).fit(x)
+        assert d.reconstruct(x).shape == x.shape and d.encode(x).shape == (4, 3)
+        assert np.isfinite(d.decision_function(x)).all()
+
+
+def test_a_saved_game_scores_the_same(tmp_path):
+    d = GANomaly(**SMALL, epochs=2, score_power=2).fit(X)
+    d.save(tmp_path/'d')
+    assert np.array_equal(load(tmp_path/'d').decision_function(X), d.decision_function(X))
+
+
+def test_training_makes_a_detector():
+    """Bright stripes among rows, dark columns: better trained than untrained, in every seed."""
+    rng = np.random.default_rng(0)
+    def stripes(n, axis):
+        base = np.zeros((n, 1, 6, 6), 'float32')
+        for i, at in enumerate(rng.integers(6, size=n)): base[i, 0].swapaxes(0, axis)[at] = .8
+        return (base + .1 * rng.random(base.shape)).astype('float32')
+    x, y = np.concatenate([stripes(60, 0), stripes(60, 1)]), np.repeat([0, 1], 60)
+    rows = stripes(200, 0)
+    for seed in range(2):
+        trained, untrained = (GANomaly(epochs=e, lr=2e-3, seed=seed, verbose=False).fit(rows)
+                              .score(x, y) for e in (60, 0))
+        assert trained > max(.9, untrained + .2), f'{trained:.3f}, {untrained:.3f} untrained'
