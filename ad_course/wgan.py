@@ -9,6 +9,7 @@ __all__ = ['wasserstein_critic', 'wasserstein_generator', 'clip_weights', 'WGAN'
 from dataclasses import dataclass
 import numpy as np
 import torch
+from sklearn.exceptions import NotFittedError
 from .gan import GAN
 from .networks import Critic, gradient_penalty
 
@@ -29,13 +30,14 @@ def wasserstein_generator(on_fake):
 @torch.no_grad()
 def clip_weights(net, limit):
     """Cut every weight of the network to [-limit, limit], in place (Arjovsky et al. 2017)."""
+    if not limit >= 0: raise ValueError(f'limit must be at least 0; got {limit}')
     for p in net.parameters(): p.clamp_(-limit, limit)
 
 # %% ../nbs/2_gans/22_wgan.ipynb #71d111f0
 @dataclass(kw_only=True, eq=False, repr=False)
 class WGAN(GAN):
     """Wasserstein GAN with clipped weights (Arjovsky et al. 2017); scored like `GAN`."""
-    beta1: float = 0.           # without memory: RMSProp, but for the first steps
+    beta1: float = 0.           # without memory of the slope: like RMSProp
     n_critic: int = 2           # batches between two steps of the generator; the paper has 5
     clip: float = .1            # weights of the critic stay within [-clip, clip]; 0: no limit
 
@@ -67,14 +69,22 @@ class WGAN(GAN):
         return terms
 
     def critic_gap(self):
-        """The critic's value of (2) in each epoch, an array: W, if it is neither steep nor lazy."""
-        return -np.add(self.history_['critic/real'], self.history_['critic/fake'])
+        """The critic's value of (2) in each epoch, an array (epochs,), in units of its own."""
+        if not hasattr(self, 'history_'): raise NotFittedError('call fit(x) before critic_gap')
+        return -np.add(*(self.history_.get(f'critic/{k}', []) for k in ('real', 'fake')))
+
+    def set_threshold(self, data):
+        """As for every GAN, and a word where the generator has not had a single turn."""
+        if self.epochs and 'generator/fooling' not in self.history_:
+            self.tell(f'the generator never moved: n_critic is {self.n_critic}, more than the '
+                      'batches of all epochs')
+        super().set_threshold(data)
 
 # %% ../nbs/2_gans/22_wgan.ipynb #dd9745b6
 @dataclass(kw_only=True, eq=False, repr=False)
 class WGANGP(WGAN):
     """Wasserstein GAN with a gradient penalty (Gulrajani et al. 2017); scored like `GAN`."""
-    acts_with = dict(clip=dict(clip=.1))
+    acts_with = dict(clip=dict(clip=.1))   # at 0 there is nothing to halve or to double
     clip: float = 0.              # both at once are possible
     penalty_weight: float = 10.   # lambda of equation (4)
 
@@ -86,5 +96,5 @@ class WGANGP(WGAN):
         """Equations (3) and (4) of a batch, and of as many generated images: terms (b,)."""
         fake = self.fake(len(xb))
         terms = wasserstein_critic(self.critic_output(xb), self.critic_output(fake))
-        penalty = gradient_penalty(self.nets_.critic, xb, fake)
+        penalty = gradient_penalty(self.critic_output, xb, fake)
         return terms | dict(penalty=self.penalty_weight * penalty)

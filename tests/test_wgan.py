@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import wasserstein_distance
+from sklearn.exceptions import NotFittedError
 from torch import nn
 
 from ad_course.detector import _Progress, isolated, total_loss
@@ -30,9 +31,9 @@ def largest(d): return max(float(p.detach().abs().max()) for p in d.nets_.critic
 
 
 class Pixels(nn.Module):
-    """A generator that shows its noise: (b, 3) -> (b, 1, 1, 3)."""
+    """A generator that shows its noise: (b, 3) -> (b, 3, 1, 1), a pixel of three channels."""
     def __init__(self): super().__init__(); self.w = nn.Parameter(torch.ones(3))
-    def forward(self, z): return (self.w * z).view(-1, 1, 1, 3)
+    def forward(self, z): return (self.w * z).view(-1, 3, 1, 1)
 
 
 class Squares(nn.Module):
@@ -42,20 +43,20 @@ class Squares(nn.Module):
 
 
 def shown(cls, **params):
-    """The class with the two networks above, on images of three pixels."""
+    """The class with the two networks above, on images of one pixel and three channels."""
     nets = dict(networks=lambda self, shape: dict(generator=Pixels(), critic=Squares()))
     d = type('Shown', (cls,), nets)(epochs=0, latent_dim=3, n_draws=2, verbose=False, **params)
-    return d.fit(np.random.default_rng(1).random((6, 1, 1, 3), dtype='float32'))
+    return d.fit(np.random.default_rng(1).random((6, 3, 1, 1), dtype='float32'))
 
 
 # ---------------------------------------------------------------- equations
 def check_values(cls):
     """Equation (3) on known answers; for WGAN-GP also (4), with its points on the segments."""
     d = shown(cls, penalty_weight=3.) if issubclass(cls, WGANGP) else shown(cls)
-    xb = torch.rand(6, 1, 1, 3, generator=torch.Generator().manual_seed(2))
+    xb = torch.rand(6, 3, 1, 1, generator=torch.Generator().manual_seed(2))     # three channels
     answer = lambda x: x.flatten(1).square().sum(1) / 2
     with isolated(7): z = torch.randn(6, 3); e = torch.rand(6, 1, 1, 1)
-    fake = z.view(6, 1, 1, 3)
+    fake = z.view(6, 3, 1, 1)
     with isolated(7): terms = d.critic_loss(xb)
     with isolated(7): terms |= d.generator_loss(xb)
     expected = dict(real=-answer(xb), fake=answer(fake), fooling=-answer(fake))
@@ -72,8 +73,8 @@ def check_slopes(cls):
     """Each loss has the slope of its formula: the generator's, the critic's penalty included."""
     gp = issubclass(cls, WGANGP)
     d = shown(cls, penalty_weight=3.) if gp else shown(cls)
-    xb = torch.rand(6, 1, 1, 3, generator=torch.Generator().manual_seed(2))
-    with isolated(7): z = torch.randn(6, 3).view(6, 1, 1, 3); e = torch.rand(6, 1, 1, 1)
+    xb = torch.rand(6, 3, 1, 1, generator=torch.Generator().manual_seed(2))
+    with isolated(7): z = torch.randn(6, 3).view(6, 3, 1, 1); e = torch.rand(6, 1, 1, 1)
     with isolated(7): ours = total_loss(d.critic_loss(xb), 6)
     norm = (xb + e * (z - xb)).flatten(1).norm(dim=1)
     half = lambda x: x.flatten(1).square().sum(1).mean() / 2
@@ -168,12 +169,13 @@ def penalized(penalty, name):
 
 
 def at(points): return lambda critic, a, b: (gradient_norm(critic, points(a, b)) - 1).square()
-def each_pixel(a, b): return a + torch.rand(a.shape) * (b - a)
+def each_channel(a, b): return a + torch.rand(*a.shape[:2], 1, 1) * (b - a)
 def one_for_all(a, b): return a + torch.rand(()) * (b - a)
 
 
 WRONG = [penalized(f, name) for f, name in (
-    (at(each_pixel), 'EachPixel'), (at(one_for_all), 'OneForAll'), (at(lambda a, b: a), 'AtReal'),
+    (at(each_channel), 'EachChannel'), (at(one_for_all), 'OneForAll'),
+    (at(lambda a, b: a), 'AtReal'),
     (at(lambda a, b: b), 'AtFake'),
     (lambda D, a, b: gradient_norm(D, interpolate(a, b)).square(), 'ToZero'),
     (lambda D, a, b: (gradient_norm(D, interpolate(a, b)) - 1).abs(), 'Unsquared'),
@@ -274,7 +276,42 @@ def test_the_game_has_no_memory_by_default():
     assert groups == [(0., .999)] * 2
 
 
-@pytest.mark.parametrize('cls, wrong', [(WGAN, dict(n_critic=0)), (WGAN, dict(clip=-.1)),
+def test_the_defaults():
+    a, b = WGAN(), WGANGP()
+    assert (a.n_critic, a.clip) == (2, .1)
+    assert (b.n_critic, b.clip, b.penalty_weight) == (2, 0, 10)
+
+
+def test_clipping_cuts_each_weight_by_itself():
+    layer = nn.Linear(2, 1)
+    layer.weight.data, layer.bias.data = torch.tensor([[3., -.5]]), torch.tensor([-2.])
+    clip_weights(layer, 1.)
+    assert layer.weight.tolist() == [[1, -.5]] and layer.bias.tolist() == [-1]
+    for wrong in (-1., float('nan')):
+        with pytest.raises(ValueError, match='limit must be at least 0'): clip_weights(layer, wrong)
+
+
+def test_the_generator_is_in_train_mode_when_the_critic_looks():
+    x = np.random.default_rng(0).random((20, 1, 8, 8), dtype='float32')
+    d = WGANGP(**SMALL, arch='conv', epochs=0).fit(x)
+    d.nets_.train()
+    d.critic_loss(torch.tensor(x))
+    layers = [m for m in d.nets_.generator.modules() if hasattr(m, 'running_mean')]
+    assert layers and all(m.num_batches_tracked == 1 for m in layers)
+
+
+def test_the_gap_needs_a_fit_and_may_be_empty():
+    with pytest.raises(NotFittedError, match='critic_gap'): WGANGP().critic_gap()
+    assert WGANGP(**SMALL, epochs=0).fit(X).critic_gap().shape == (0,)
+
+
+def test_a_generator_without_a_turn_is_told():
+    with pytest.warns(UserWarning, match='the generator never moved: n_critic is 50'):
+        WGAN(**SMALL, n_critic=50, epochs=2).fit(X)
+
+
+@pytest.mark.parametrize('cls, wrong', [(WGAN, dict(n_critic=0)), (WGAN, dict(n_critic=1.5)),
+                                        (WGAN, dict(critic_lr=0.)), (WGAN, dict(clip=-.1)),
                                         (WGANGP, dict(penalty_weight=0.)),
                                         (WGANGP, dict(clip=float('nan')))])
 def test_what_is_refused(cls, wrong):
