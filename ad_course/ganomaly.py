@@ -58,6 +58,8 @@ class GANomaly(Reconstructor):
         self.require_whole('code_dim', 'width', least=1)
         weights = 'adversarial_weight', 'contextual_weight', 'encoder_weight'
         self.require_number(*weights, least=0)
+        some = any(getattr(self, name) for name in weights)
+        self.require(some, weights[0], 'above 0 where the other weights are 0')
         self.require_choice('score_power', (1, 2))
         self.require_number('critic_lr', above=0)
         self.require_number('beta1', least=0, below=1)

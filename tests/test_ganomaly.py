@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from ad_course.detector import _Progress, isolated, load, total_loss
 from ad_course.ganomaly import GANomaly, contextual, feature_matching, latent_difference
+from ad_course.networks import Critic
 
 from .mutants import assert_caught, changed, each_mutant
 
@@ -428,3 +429,40 @@ def test_training_makes_a_detector():
         trained, untrained = (GANomaly(epochs=e, lr=2e-3, seed=seed, verbose=False).fit(rows)
                               .score(x, y) for e in (60, 0))
         assert trained > max(.9, untrained + .2), f'{trained:.3f}, {untrained:.3f} untrained'
+
+
+# ---------------------------------------------------------------- what else must hold
+X8 = np.random.default_rng(0).random((24, 1, 8, 8), dtype='float32')
+
+
+@pytest.mark.parametrize('arch', ('mlp', 'conv'))
+def test_four_networks_of_the_right_form_share_nothing(arch):
+    d = GANomaly(code_dim=3, width=2, arch=arch, epochs=0, verbose=False).fit(X8)
+    own = [{id(p) for p in net.parameters()} for net in d.nets_.values()]
+    assert len(set.union(*own)) == sum(map(len, own))
+    shapes = lambda net: {k: v.shape for k, v in net.state_dict().items()}
+    first, second, critic = (d.nets_[n] for n in ('encoder', 'second_encoder', 'critic'))
+    assert shapes(first) == shapes(second)
+    assert not all(map(torch.equal, first.parameters(), second.parameters()))
+    assert shapes(critic) == shapes(Critic((1, 8, 8), arch=arch, width=2, norm=None))
+
+
+def test_images_and_rebuilt_ones_pass_the_critic_apart():
+    d = GANomaly(code_dim=3, width=2, arch='conv', epochs=0, verbose=False).fit(X8)
+    d.nets_.train()
+    xb = torch.tensor(X8)
+    with torch.no_grad():
+        fake, see = d.reconstruction(xb), d.nets_.critic.features
+        apart = (see(xb) - see(fake)).square().mean(1)
+        assert torch.allclose(d.generator_loss(xb)['adversarial'], apart)
+        on_fake = F.softplus(d.nets_.critic(fake))
+        assert torch.allclose(d.critic_loss(xb)['fake'], on_fake)
+
+
+def test_defaults_and_what_is_refused():
+    assert GANomaly().score_power == 1 and GANomaly.loss_falls is False
+    assert contextual(torch.ones(1, 3, 1, 2), torch.zeros(1, 3, 1, 2)).item() == 1
+    silent = dict.fromkeys(('adversarial_weight', 'contextual_weight', 'encoder_weight'), 0.)
+    for wrong in (dict(lr=-1.), silent):
+        with pytest.raises(ValueError, match=f'GANomaly: {[*wrong][0]}'):
+            GANomaly(epochs=0, verbose=False, **wrong).fit(X8)
