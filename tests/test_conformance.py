@@ -34,6 +34,7 @@ SETTINGS = {
     'dae.SDAE': dict(epochs=60, batch_size=32),
     'deepsvdd.DeepSVDD': dict(),
     'deepsvdd.LeNetSVDD': LENET,
+    'ganomaly.GANomaly': dict(epochs=60),
     'localize.MapAE': dict(epochs=40, batch_size=32, smoothing=1, top=.1),
     'localize.SSIMAE': dict(epochs=30, batch_size=32, top=.2),
     'rda.RDA': dict(epochs=20, batch_size=32, lr=3e-3),
