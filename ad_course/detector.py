@@ -14,8 +14,8 @@ from itertools import islice, takewhile
 from pathlib import Path
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
+from safetensors import SafetensorError
+from safetensors.torch import load as from_safetensors, save as to_safetensors
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
 from torch import nn
@@ -741,9 +741,10 @@ def read_file(path, kind=FORMAT):
     """
     if not Path(path).is_file(): raise FileNotFoundError(f'no file {path}')
     try:
-        with safe_open(path, framework='pt') as f:
-            head = f.metadata() or {}
-            tensors = {k: f.get_tensor(k).clone() for k in f.keys()}  # else views of the file
+        content = Path(path).read_bytes()   # at once: another thread may replace the file
+        tensors = {k: v.clone() for k, v in from_safetensors(content).items()}
+        header = content[8:8 + int.from_bytes(content[:8], 'little')]   # JSON, checked above
+        head = json.loads(header).get('__metadata__', {})
     except (SafetensorError, OSError, UnicodeDecodeError) as e:
         raise ValueError(f'{path} is damaged or no safetensors file: {e}') from None
     if head.get('format') != kind:

@@ -164,6 +164,18 @@ def test_threads_that_save_to_one_path(tmp_path):
     assert os.listdir(tmp_path) == ['model']
 
 
+def test_a_file_that_is_replaced_while_it_is_read_is_read_whole(tmp_path, monkeypatch):
+    """Head and tensors come from one and the same file, the one that was there at first."""
+    old, new = (AE(**SMALL, seed=i).fit(X) for i in range(2))
+    path, parse = tmp_path/'model', spine.from_safetensors
+    old.save(path)
+    def late(content):
+        new.save(path)
+        return parse(content)
+    monkeypatch.setattr(spine, 'from_safetensors', late)
+    np.testing.assert_array_equal(load(path).decision_function(X), old.decision_function(X))
+
+
 def test_threads_that_write_one_file_have_temporaries_of_their_own(tmp_path, monkeypatch):
     """They meet at the worst moment, after writing and before moving into place."""
     meeting, replace, names = threading.Barrier(4), os.replace, []
