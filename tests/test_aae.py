@@ -9,37 +9,21 @@ from torch.nn import functional as F
 
 from ad_course.aae import AAE, CodeCritic, critic_terms, fooling_terms, standardized_sum
 from ad_course.ae import AE
-from ad_course.detector import _Progress, isolated, total_loss
+from ad_course.detector import total_loss
 from ad_course.metrics import energy_distance
 from ad_course.networks import squared_weights
 
 from .mutants import assert_caught, each_mutant
+from .players import moved, ready, weights
 
 X = np.random.default_rng(0).random((40, 1, 4, 4), dtype='float32')
 XB = torch.tensor(X)
 SMALL = dict(code_dim=3, width=2, critic_width=8, verbose=False)
 
 
-def ready(d):
-    """A fitted detector with new optimizers, ready for single steps."""
-    d.optimizers_ = d.optimizers()
-    d._progress = _Progress(d)
-    return d
-
-
 def raw(cls, **params):
     """An untrained detector, ready for single steps."""
     return ready(cls(**SMALL | dict(epochs=0) | params).fit(X))
-
-
-def weights(d, name): return torch.cat([p.detach().flatten() for p in d.nets_[name].parameters()])
-
-
-def moved(d, player, loss, steps=1):
-    before = {name: weights(d, name).clone() for name in d.nets_}
-    with isolated(0):
-        for _ in range(steps): d.descend(player, loss, XB)
-    return {name for name in d.nets_ if not torch.equal(before[name], weights(d, name))}
 
 
 # ---------------------------------------------------------------- equations
@@ -113,17 +97,17 @@ def check_autoencoder(cls):
 def check_players(cls):
     """Each step moves its own player and lowers its own loss."""
     d = raw(cls)
-    assert moved(d, 'autoencoder', d.loss) == {'encoder', 'decoder'}, 'step of the autoencoder'
-    assert moved(d, 'critic', d.critic_loss) == {'critic'}, 'step of the critic'
-    assert moved(d, 'encoder', d.fooling_loss) == {'encoder'}, 'step of the encoder'
+    assert moved(d, 'autoencoder', d.loss, XB) == {'encoder', 'decoder'}, 'step of the autoencoder'
+    assert moved(d, 'critic', d.critic_loss, XB) == {'critic'}, 'step of the critic'
+    assert moved(d, 'encoder', d.fooling_loss, XB) == {'encoder'}, 'step of the encoder'
     z = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
     errors, logits = lambda: d.errors(XB).mean(), lambda: d.nets_.critic(d.code(XB)).mean()
     gap = lambda: d.nets_.critic(z).mean() - logits()
-    before = gap(); moved(d, 'critic', d.critic_loss, 30)
+    before = gap(); moved(d, 'critic', d.critic_loss, XB, 30)
     assert gap() > before + .1, 'the critic does not learn to tell them apart'
-    before = logits(); moved(d, 'encoder', d.fooling_loss, 30)
+    before = logits(); moved(d, 'encoder', d.fooling_loss, XB, 30)
     assert logits() > before + .1, 'the encoder does not learn to fool'
-    before = errors(); moved(d, 'autoencoder', d.loss, 30)
+    before = errors(); moved(d, 'autoencoder', d.loss, XB, 30)
     assert errors() < before, 'the autoencoder does not learn to draw'
 
 
@@ -375,7 +359,7 @@ class Weighted(AAE):
 
 def test_adam_cancels_a_weight_on_the_fooling_loss():
     a, b = (raw(Weighted, weight=w) for w in (1., 50.))
-    for d in (a, b): moved(d, 'encoder', d.fooling_loss)
+    for d in (a, b): moved(d, 'encoder', d.fooling_loss, XB)
     torch.testing.assert_close(weights(a, 'encoder'), weights(b, 'encoder'), rtol=1e-3, atol=1e-4)
 
 

@@ -8,13 +8,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from ad_course.aae import critic_terms
-from ad_course.detector import _Progress, isolated, load, total_loss
+from ad_course.detector import isolated, load, total_loss
 from ad_course.gan import (BEGAN, GAN, LSGAN, cross_entropy_critic, cross_entropy_generator,
                            equilibrium, least_squares_critic, least_squares_generator)
 from ad_course.metrics import energy_distance
 from ad_course.networks import Critic, decoder
 
 from .mutants import assert_caught, each_mutant
+from .players import altered, moved, ready, without
 
 X = np.random.default_rng(0).random((40, 1, 4, 4), dtype='float32')
 XB = torch.tensor(X)
@@ -23,21 +24,7 @@ SMALL = dict(latent_dim=3, width=2, n_draws=50, verbose=False)
 
 def raw(cls, **params):
     """An untrained detector, ready for single steps."""
-    d = cls(**SMALL | dict(epochs=0) | params).fit(X)
-    d.optimizers_ = d.optimizers()
-    d._progress = _Progress(d)
-    return d
-
-
-def weights(d, name): return torch.cat([p.detach().flatten() for p in d.nets_[name].parameters()])
-
-
-def moved(d, player, loss, steps=1):
-    """Names of the networks that so many moves of one player change."""
-    before = {name: weights(d, name).clone() for name in d.nets_}
-    with isolated(0):
-        for _ in range(steps): d.descend(player, loss, XB)
-    return {name for name in d.nets_ if not torch.equal(before[name], weights(d, name))}
+    return ready(cls(**SMALL | dict(epochs=0) | params).fit(X))
 
 
 class Pixels(nn.Module):
@@ -101,16 +88,16 @@ def check_pull(cls):
 def check_players(cls):
     """Each step moves its own player and nobody else, in the right direction."""
     d = raw(cls)
-    assert moved(d, 'critic', d.critic_loss) == {'critic'}, 'step of the critic'
-    assert moved(d, 'generator', d.generator_loss) == {'generator'}, 'step of the generator'
+    assert moved(d, 'critic', d.critic_loss, XB) == {'critic'}, 'step of the critic'
+    assert moved(d, 'generator', d.generator_loss, XB) == {'generator'}, 'step of the generator'
     with isolated(1), torch.no_grad(): z = torch.randn(200, 3)
     fake = lambda: d.critic_output(d.nets_.generator(z)).mean()
     gap = lambda: (d.critic_output(XB).mean() - fake())
     better = -1 if issubclass(cls, BEGAN) else 1      # BEGAN's critic is low for what is real
     if better > 0:
-        before = gap(); moved(d, 'critic', d.critic_loss, 30)
+        before = gap(); moved(d, 'critic', d.critic_loss, XB, 30)
         assert gap() > before + .01, 'the critic does not learn to tell them apart'
-    before = fake(); moved(d, 'generator', d.generator_loss, 30)
+    before = fake(); moved(d, 'generator', d.generator_loss, XB, 30)
     assert better * fake() > better * before + 1e-3, 'the generator does not learn to fool'
 
 
@@ -204,15 +191,8 @@ def test_began_keeps(check): check(BEGAN)
 
 
 # ---------------------------------------------------------------- mutants
-def altered(cls, player, change, name):
-    """A class with other terms of one loss."""
-    hook = f'{player}_loss'
-    def loss(self, xb): return change(getattr(cls, hook)(self, xb))
-    loss.__name__ = hook
-    return type(name, (cls,), {hook: loss})
 
 
-def without(term): return lambda terms: {k: v * (k != term) for k, v in terms.items()}
 def negative(terms): return {k: -v for k, v in terms.items()}
 def tripled(terms): return {k: 3 * v for k, v in terms.items()}
 def column(terms): return {k: v[:, None] for k, v in terms.items()}
@@ -221,11 +201,11 @@ def detached(terms): return {k: v.detach() for k, v in terms.items()}
 
 BOTH = (GAN, LSGAN)
 NO_REAL, NO_FAKE, FLIPPED, SUMMED, COLUMN = (
-    [altered(cls, 'critic', change, f'{cls.__name__}{name}') for cls in BOTH]
+    [altered(cls, 'critic_loss', change, f'{cls.__name__}{name}') for cls in BOTH]
     for change, name in ((without('real'), 'NoReal'), (without('fake'), 'NoFake'),
                          (negative, 'Flipped'), (tripled, 'Tripled'), (column, 'Column')))
 HELPS, SILENT, STRONG = (
-    [altered(cls, 'generator', change, f'{cls.__name__}{name}') for cls in BOTH]
+    [altered(cls, 'generator_loss', change, f'{cls.__name__}{name}') for cls in BOTH]
     for change, name in ((negative, 'Helps'), (without('fooling'), 'Silent'), (tripled, 'Strong')))
 
 
@@ -376,9 +356,7 @@ def test_mixed_batches_are_caught(why, broken): assert_caught(check_separate, br
 # ---------------------------------------------------------------- BEGAN
 def check_thermostat(cls):
     """Equations (7) and (8) over ten steps, k worked out by hand from the recorded terms."""
-    d = cls(**SMALL | dict(epochs=0), gamma=.4, k_rate=.5).fit(X)
-    d.optimizers_ = d.optimizers()
-    d._progress = _Progress(d)
+    d = ready(cls(**SMALL | dict(epochs=0), gamma=.4, k_rate=.5).fit(X))
     d._progress.turns = [(*turn, 1) for turn in d.turns()]
     k = 0.
     for _ in range(10):

@@ -5,11 +5,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ad_course.detector import _Progress, isolated, load, total_loss
+from ad_course.detector import load, total_loss
 from ad_course.ganomaly import GANomaly, contextual, feature_matching, latent_difference
 from ad_course.networks import Critic
 
-from .mutants import assert_caught, changed, each_mutant
+from .mutants import assert_caught, each_mutant
+from .players import altered, moved, ready, weights, without
 
 X = np.random.default_rng(0).random((40, 1, 4, 4), dtype='float32')
 XB = torch.tensor(X)
@@ -19,21 +20,7 @@ GENERATOR = {'encoder', 'decoder', 'second_encoder'}
 
 def raw(cls, **params):
     """An untrained detector, ready for single steps."""
-    d = cls(**SMALL | dict(epochs=0) | params).fit(X)
-    d.optimizers_ = d.optimizers()
-    d._progress = _Progress(d)
-    return d
-
-
-def weights(d, name): return torch.cat([p.detach().flatten() for p in d.nets_[name].parameters()])
-
-
-def moved(d, player, loss, steps=1):
-    """Names of the networks that so many moves of one player change."""
-    before = {name: weights(d, name).clone() for name in d.nets_}
-    with isolated(0):
-        for _ in range(steps): d.descend(player, loss, XB)
-    return {name for name in d.nets_ if not torch.equal(before[name], weights(d, name))}
+    return ready(cls(**SMALL | dict(epochs=0) | params).fit(X))
 
 
 class Scale(nn.Module):
@@ -122,21 +109,21 @@ def check_slopes(cls):
 def check_players(cls):
     """Each step moves its own player and nobody else, in the right direction."""
     d = raw(cls)
-    assert moved(d, 'critic', d.critic_loss) == {'critic'}, 'step of the critic'
-    assert moved(d, 'generator', d.generator_loss) == GENERATOR, 'step of the generator'
+    assert moved(d, 'critic', d.critic_loss, XB) == {'critic'}, 'step of the critic'
+    assert moved(d, 'generator', d.generator_loss, XB) == GENERATOR, 'step of the generator'
     def gap():
         with torch.no_grad():
             return float((d.nets_.critic(XB) - d.nets_.critic(d.reconstruction(XB))).mean())
-    before = gap(); moved(d, 'critic', d.critic_loss, 30)
+    before = gap(); moved(d, 'critic', d.critic_loss, XB, 30)
     assert gap() > before + .01, 'the critic does not learn to tell them apart'
     def residual(d):
         with torch.no_grad(): return float((XB - d.reconstruction(XB)).abs().mean())
-    before = residual(d); moved(d, 'generator', d.generator_loss, 100)
+    before = residual(d); moved(d, 'generator', d.generator_loss, XB, 100)
     assert residual(d) < .95 * before, 'the images do not come together'
     d = raw(cls, adversarial_weight=0., contextual_weight=0.)
     def apart():
         with torch.no_grad(): return float((d.code(XB) - d.second_code(XB)).square().mean())
-    before = apart(); moved(d, 'generator', d.generator_loss, 30)
+    before = apart(); moved(d, 'generator', d.generator_loss, XB, 30)
     assert apart() < .7 * before, 'the codes do not come together'
 
 
@@ -193,26 +180,20 @@ def test_the_chapter_keeps(check): check(GANomaly)
 
 
 # ---------------------------------------------------------------- mutants
-def altered(loss, change, name):
-    """GANomaly with other terms of one loss."""
-    def other(self, xb): return change(getattr(GANomaly, loss)(self, xb))
-    other.__name__ = loss
-    return changed(GANomaly, name, **{loss: other})
-
-
-def without(term): return lambda terms: {k: v * (k != term) for k, v in terms.items()}
 def flipped(term): return lambda terms: {k: v * (-1 if k == term else 1) for k, v in terms.items()}
 
 
 TERMS = 'adversarial', 'contextual', 'encoder'
-MISSING = {k: altered('generator_loss', without(k), f'No_{k}') for k in TERMS}
-NEGATIVE = {k: altered('generator_loss', flipped(k), f'Negative_{k}') for k in TERMS}
+MISSING = {k: altered(GANomaly, 'generator_loss', without(k), f'No_{k}') for k in TERMS}
+NEGATIVE = {k: altered(GANomaly, 'generator_loss', flipped(k), f'Negative_{k}') for k in TERMS}
 NO_REAL, NO_FAKE, HELPFUL = (
-    altered('critic_loss', change, name)
+    altered(GANomaly, 'critic_loss', change, name)
     for change, name in ((without('real'), 'NoReal'), (without('fake'), 'NoFake'),
                          (lambda terms: {k: -v for k, v in terms.items()}, 'Helpful')))
-COLUMN = altered('generator_loss', lambda t: {k: v[:, None] for k, v in t.items()}, 'Column')
-DETACHED = altered('generator_loss', lambda t: {k: v.detach() for k, v in t.items()}, 'Detached')
+COLUMN = altered(GANomaly, 'generator_loss',
+                 lambda terms: {k: v[:, None] for k, v in terms.items()}, 'Column')
+DETACHED = altered(GANomaly, 'generator_loss',
+                   lambda terms: {k: v.detach() for k, v in terms.items()}, 'Detached')
 
 
 class Swapped(GANomaly):

@@ -6,13 +6,14 @@ from scipy.stats import wasserstein_distance
 from sklearn.exceptions import NotFittedError
 from torch import nn
 
-from ad_course.detector import _Progress, isolated, total_loss
+from ad_course.detector import isolated, total_loss
 from ad_course.gan import GAN
 from ad_course.metrics import energy_distance
 from ad_course.networks import Critic, gradient_norm, interpolate
 from ad_course.wgan import (WGAN, WGANGP, clip_weights, wasserstein_critic, wasserstein_generator)
 
 from .mutants import assert_caught, each_mutant
+from .players import altered, ready, without
 
 X = np.random.default_rng(0).random((40, 1, 4, 4), dtype='float32')
 XB = torch.tensor(X)
@@ -21,10 +22,7 @@ SMALL = dict(latent_dim=3, width=2, n_draws=50, verbose=False)
 
 def raw(cls, **params):
     """An untrained detector, ready for single steps."""
-    d = cls(**SMALL | dict(epochs=0) | params).fit(X)
-    d.optimizers_ = d.optimizers()
-    d._progress = _Progress(d)
-    return d
+    return ready(cls(**SMALL | dict(epochs=0) | params).fit(X))
 
 
 def largest(d): return max(float(p.detach().abs().max()) for p in d.nets_.critic.parameters())
@@ -131,25 +129,19 @@ def test_the_chapter_keeps(check, cls): check(cls)
 
 
 # ---------------------------------------------------------------- mutants
-def altered(cls, player, change, name):
-    """A class with other terms of one loss."""
-    hook = f'{player}_loss'
-    def loss(self, xb): return change(getattr(cls, hook)(self, xb))
-    loss.__name__ = hook
-    return type(name, (cls,), {hook: loss})
 
 
-def without(term): return lambda terms: {k: v * (k != term) for k, v in terms.items()}
 def negative(terms): return {k: -v for k, v in terms.items()}
 
 
 BOTH = (WGAN, WGANGP)
 NO_REAL, NO_FAKE, FLIPPED = (
-    [altered(cls, 'critic', change, f'{cls.__name__}{name}') for cls in BOTH]
+    [altered(cls, 'critic_loss', change, f'{cls.__name__}{name}') for cls in BOTH]
     for change, name in ((without('real'), 'NoReal'), (without('fake'), 'NoFake'),
                          (negative, 'Flipped')))
-HELPS, SILENT = ([altered(cls, 'generator', change, f'{cls.__name__}{name}') for cls in BOTH]
-                 for change, name in ((negative, 'Helps'), (without('fooling'), 'Silent')))
+HELPS, SILENT = (
+    [altered(cls, 'generator_loss', change, f'{cls.__name__}{name}') for cls in BOTH]
+    for change, name in ((negative, 'Helps'), (without('fooling'), 'Silent')))
 
 
 class Swapped(WGAN):

@@ -1,0 +1,40 @@
+"""Single moves in a game between networks, and mutants of its losses.
+
+    d = ready(GAN(epochs=0).fit(X))               # optimizers anew, for steps of single players
+    moved(d, 'critic', d.critic_loss, XB, 30)     # names of the networks that 30 steps change
+    altered(GAN, 'critic_loss', without('fake'))  # a class whose loss has lost a term"""
+import torch
+
+from ad_course.detector import _Progress, isolated
+
+
+def ready(d):
+    """A fitted detector with new optimizers, ready for single steps."""
+    d.optimizers_ = d.optimizers()
+    d._progress = _Progress(d)
+    return d
+
+
+def weights(d, name):
+    """All weights of a network in a row."""
+    return torch.cat([p.detach().flatten() for p in d.nets_[name].parameters()])
+
+
+def moved(d, player, loss, xb, steps=1):
+    """Names of the networks that so many moves of one player change."""
+    before = {name: weights(d, name).clone() for name in d.nets_}
+    with isolated(0):
+        for _ in range(steps): d.descend(player, loss, xb)
+    return {name for name in d.nets_ if not torch.equal(before[name], weights(d, name))}
+
+
+def altered(cls, hook, change, name=None):
+    """A class of which one loss has other terms: change(terms) -> terms."""
+    def loss(self, xb): return change(getattr(cls, hook)(self, xb))
+    loss.__name__ = hook
+    return type(name or f'{cls.__name__}_{hook}', (cls,), {hook: loss})
+
+
+def without(term):
+    """A change that loses a term: it is recorded, and zero."""
+    return lambda terms: {k: v * (k != term) for k, v in terms.items()}
