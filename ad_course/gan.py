@@ -115,10 +115,14 @@ class GAN(Reconstructor):
         if not hasattr(self, 'threshold_'): raise NotFittedError('call fit(x) before sample')
         with torch.no_grad(): return self.nets_.eval().generator(self.draws(n)).cpu().numpy()
 
-    def set_threshold(self, data):
-        """Generate the images among which scores search, then the threshold."""
+    def generate_bank(self):
+        """Generate the images among which scores search."""
         self.codes_ = self.draws(self.n_draws)                                  # (n, latent_dim)
         with torch.no_grad(): self.bank_ = self.nets_.eval().generator(self.codes_)
+
+    def set_threshold(self, data):
+        """Generate the images among which scores search, then the threshold."""
+        self.generate_bank()
         super().set_threshold(data)
 
     def nearest(self, xb):
