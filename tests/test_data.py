@@ -419,3 +419,39 @@ def test_there_is_no_other_flat_set():
     for n in (-1, 2.5):
         with pytest.raises(ValueError, match=f'n must be a whole number.*got {n}'):
             flat_set('disc', n)
+
+
+def test_the_ring_has_eight_dots():
+    assert np.allclose(np.hypot(*(DOTS - .5).T), .35) and len(np.unique(DOTS.round(6), axis=0)) == 8
+    x = ring(4000)
+    assert x.shape == (4000, 1, 1, 2) and x.dtype == np.float32 and len(ring(0)) == 0
+    assert np.array_equal(x, ring(4000)) and not np.array_equal(x, ring(4000, seed=1))
+    near = np.linalg.norm(x.reshape(-1, 1, 2) - DOTS, axis=2).argmin(1)
+    assert abs(np.bincount(near) / 4000 - 1 / 8).max() < .02
+    assert abs((x.reshape(-1, 2) - DOTS[near]).std() - .02) < .001
+    with pytest.raises(ValueError, match=r'n must be a whole number.*got 2\.5'): ring(2.5)
+
+
+@pytest.mark.parametrize('covered', range(9))
+def test_dots_are_counted_by_hand(covered):
+    at = lambda dots, n: np.tile(dots, (n, 1)).reshape(-1, 1, 1, 2)
+    away = at(DOTS[:1] * 0, 10)                                 # a corner, near no dot
+    number, good = dots_found(np.concatenate([at(DOTS[:covered], 10), away]))
+    assert number == covered and np.isclose(good, covered / (covered + 1))
+
+
+def test_where_a_dot_begins_and_when_it_is_found():
+    beside = lambda far: DOTS[:1] + [[far, 0]]
+    assert dots_found(beside(.0599)) == (1, 1) and dots_found(beside(.0601)) == (0, 0)
+    for n, number in ((2, 0), (3, 1)):                          # more than 2 % of 100 images
+        x = np.concatenate([np.repeat(DOTS[:1], n, 0), np.full((100 - n, 2), .5)])
+        assert dots_found(x) == (number, n / 100)
+    with pytest.raises(ValueError, match='an image or more; got none'): dots_found(ring(0))
+
+
+def test_digits_are_read_once_and_belong_to_their_task(monkeypatch):
+    first = digits(3)
+    monkeypatch.setattr(data, 'load_digits', lambda: pytest.fail('read again'))
+    again = digits(3)
+    assert same(first, again)
+    assert not np.shares_memory(first.x_train, again.x_train)
