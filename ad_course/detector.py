@@ -101,7 +101,8 @@ def total_loss(terms, b):
         if tuple(term.shape) not in ((), (b,)):
             raise ValueError(f'loss term {name!r} must have shape () or ({b},), one number an '
                              f'image; got {tuple(term.shape)}. Did a (b,) meet a (b, 1)?')
-    return sum(term.mean() for term in terms.values())
+    first, *others = [term.mean() if term.ndim else term for term in terms.values()]
+    return sum(others, first)
 
 # %% ../nbs/0_foundations/04_detector.ipynb #e48555f8
 @functools.cache   # reading the source takes longer than all the rest
@@ -496,7 +497,7 @@ class _Moves(_Scoring):
         if not who.parameters: return terms
         if not total.requires_grad:
             raise ValueError(f'the loss of {player!r} must depend on its parameters; got constants')
-        for optimizer in who.optimizers: optimizer.zero_grad()
+        for p in who.parameters: p.grad = None   # zero_grad, without its bookkeeping
         total.backward(inputs=who.parameters)
         for optimizer in who.optimizers: optimizer.step()
         self._progress.moved |= who.ids
