@@ -6,6 +6,7 @@
 __all__ = ['compare', 'Comparison', 'wins']
 
 # %% ../nbs/0_foundations/07_protocol.ipynb #00000005
+import functools
 import time
 from dataclasses import dataclass, field
 import numpy as np
@@ -54,6 +55,12 @@ def _check_compared(detectors, tasks, seeds, metric):
     if not is_number(value): raise ValueError(f'metric must give one finite number; got {value!r}')
 
 # %% ../nbs/0_foundations/07_protocol.ipynb #8c676250
+def _made_once(tasks):
+    """The tasks, of which a function keeps the last one that it made, for the next detector."""
+    last = functools.lru_cache(maxsize=1)(lambda name, seed: tasks[name](seed))
+    return {name: task if isinstance(task, Task) else functools.partial(last, name)
+            for name, task in tasks.items()}
+
 def compare(detectors, tasks, seeds=(0, 1, 2), metric=auroc, n_jobs=1):
     """Every detector on every task with every seed, at its last epoch -> Comparison.
 
@@ -64,15 +71,16 @@ def compare(detectors, tasks, seeds=(0, 1, 2), metric=auroc, n_jobs=1):
     """
     seeds = list(seeds)
     _check_compared(detectors, tasks, seeds, metric)
-    runs = [(d, t, s) for d in detectors for t in tasks for s in seeds]
-    jobs = (delayed(_fit_once)(detectors[d], tasks[t], s, metric) for d, t, s in runs)
+    runs = [(d, t, s) for t in tasks for s in seeds for d in detectors]
+    made = _made_once(tasks) if n_jobs == 1 else tasks
+    jobs = (delayed(_fit_once)(detectors[d], made[t], s, metric) for d, t, s in runs)
     values, seconds, errors = zip(*Parallel(n_jobs=n_jobs)(jobs))
     errors = {run: e for run, e in zip(runs, errors) if e}
     for (d, t, s), e in errors.items(): tell('compare', f'{d} failed on {t}, seed {s}: {e}')
     if len(errors) == len(runs):
         raise RuntimeError(f'every fit failed; the first: {next(iter(errors.values()))}')
-    shape = len(detectors), len(tasks), len(seeds)
-    values, seconds = np.reshape(values, shape), np.reshape(seconds, shape)
+    shape = len(tasks), len(seeds), len(detectors)
+    values, seconds = (np.moveaxis(np.reshape(v, shape), 2, 0).copy() for v in (values, seconds))
     return Comparison(list(detectors), list(tasks), values, seconds, _name(metric), errors)
 
 # %% ../nbs/0_foundations/07_protocol.ipynb #00000010

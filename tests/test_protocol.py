@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from sklearn.base import clone
 
 from ad_course import protocol
-from ad_course.baselines import PCA, MeanImage
+from ad_course.baselines import KNN, PCA, MeanImage
 from ad_course.data import Task, digits
 from ad_course.detector import Detector
 from ad_course.metrics import auroc, oracle_f1, report
@@ -137,6 +138,24 @@ def test_a_failure_takes_nobody_along():
     with pytest.raises(ValueError, match='got 1 of 4 pairs with a failed fit'):
         wins(result, 'good', 'bad')
     assert wins(result, 'good', 'good') == .5
+
+
+@pytest.mark.parametrize('n_jobs', [1, 2])
+def test_values_stand_in_their_places_however_the_fits_are_ordered(n_jobs):
+    made = []
+    def maker(name):
+        return lambda seed: made.append((name, seed)) or drawn(seed)
+    contest = dict(a=MeanImage(), b=PCA(), c=KNN())
+    tasks = dict(t=maker('t'), fixed=drawn(5), u=maker('u'))
+    result = compare(contest, tasks, seeds=(2, 0), n_jobs=n_jobs)
+    # once for the check of the metric, then once for all detectors
+    if n_jobs == 1: assert made == [('t', 2), ('t', 2), ('t', 0), ('u', 2), ('u', 0)]
+    for i, d in enumerate(contest.values()):
+        for j, task in enumerate(tasks.values()):
+            for k, seed in enumerate((2, 0)):
+                t = task if isinstance(task, Task) else drawn(seed)
+                want = auroc(t.y_test, clone(d).fit(t.x_train).decision_function(t.x_test))
+                assert result.values[i, j, k] == want
 
 
 def test_a_task_or_a_metric_that_fails_later_is_kept_too():
