@@ -81,7 +81,8 @@ def check_stillness(cls):
             first = scores if first is None else first
             assert np.allclose(scores, first, rtol=1e-4), 'the mode decides, or scores change'
             d.nets_.train(mode)
-            assert np.allclose(d.decision_function(X[::-1].copy())[::-1], first, rtol=1e-4), 'order'
+            turned = d.decision_function(X[::-1].copy())[::-1]
+            assert np.allclose(turned, first, rtol=1e-4), 'order'
             alone = np.concatenate([d.decision_function(x[None]) for x in X[:3]])
             assert np.allclose(alone, first[:3], rtol=1e-4), 'its company decides'
         after = d.nets_.state_dict()
@@ -302,8 +303,8 @@ def with_slopes(*args): return [t.requires_grad_() for t in minimize(*args)]
 def test_rows_find_their_minimum(): check_minimize(minimize)
 
 
-@each_mutant({'minimum': [upwards, together], 'falls': [without_schedule], 'starts move': [in_place],
-              'slopes': [with_slopes]})
+@each_mutant({'minimum': [upwards, together], 'falls': [without_schedule],
+              'starts move': [in_place], 'slopes': [with_slopes]})
 def test_wrong_descents_are_caught(why, broken): assert_caught(check_minimize, broken, why)
 
 
