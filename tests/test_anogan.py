@@ -240,7 +240,8 @@ class ByPlace(AnoGAN):
 
 
 @each_mutant({'score|code': [*LOSSES, Farthest, FirstDraws, MeanOfStarts, PriorInTheScore, NoPrior,
-                        WholePrior, MeanPrior, NoSearch, FixedGenerator, OneForAll], 'map': [SquaredMap]})
+                        WholePrior, MeanPrior, NoSearch, FixedGenerator, OneForAll],
+              'map': [SquaredMap]})
 def test_wrong_searches_are_caught(why, broken): assert_caught(check_search, broken, why)
 
 
