@@ -1,0 +1,394 @@
+"""BiGAN: the losses of pairs, who moves whom, the score of EGBAD, inverse maps; mutants of each."""
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm
+from torch import nn
+from torch.nn import functional as F
+
+from ad_course.bigan import BiGAN, PairCritic, fooling_pairs
+from ad_course.detector import isolated, load, total_loss
+
+from .mutants import assert_caught, each_mutant
+from .players import altered, moved, ready, without
+
+X = np.random.default_rng(0).random((40, 1, 4, 4), dtype='float32')
+XB = torch.tensor(X)
+SMALL = dict(latent_dim=3, width=2, verbose=False)
+BOTH = {'encoder', 'generator'}
+
+
+def raw(cls, **params):
+    """An untrained detector, ready for single steps."""
+    return ready(cls(**SMALL | dict(epochs=0) | params).fit(X))
+
+
+class Scale(nn.Module):
+    """A network that multiplies three pixels or numbers by its weights, in some shape."""
+    def __init__(self, w, *shape):
+        super().__init__()
+        self.w, self.shape = nn.Parameter(torch.tensor(w)), shape
+    def forward(self, x): return (x.flatten(1) * self.w).reshape(len(x), *self.shape)
+
+
+class Watch(Scale):
+    """A critic of pairs that sees three weighted sums and answers with their sum."""
+    def features(self, x, z): return x.flatten(1) * self.w + z * self.w.flip(0)
+    def forward(self, x, z): return self.features(x, z).sum(1)
+
+
+W = dict(encoder=[1., -1., .5], generator=[.5, 1., 3.], critic=[1., -2., 3.])
+PIXELS = torch.rand(6, 1, 1, 3, generator=torch.Generator().manual_seed(2))
+NOISE = torch.randn(6, 3, generator=torch.Generator().manual_seed(3))
+
+
+def shown(cls, **params):
+    """The class with networks and noise that can be worked out, on images of three pixels."""
+    def networks(self, shape):
+        return dict(encoder=Scale(W['encoder'], 3), generator=Scale(W['generator'], 1, 1, 3),
+                    critic=Watch(W['critic']))
+    def fake_pairs(self, n): return self.nets_.generator(NOISE[:n]), NOISE[:n]
+    broken = vars(cls).get('fake_pairs') if cls is not BiGAN else None   # of a mutant
+    kind = type('Shown', (cls,), dict(networks=networks, fake_pairs=broken or fake_pairs))
+    return kind(epochs=0, latent_dim=3, verbose=False, **params).fit(PIXELS)
+
+
+def worked_out(w=W):
+    """Code, rebuilt pixels, and the critic's answers to both kinds of pairs, without networks."""
+    w = {k: torch.as_tensor(v) for k, v in w.items()}
+    x, c = PIXELS.flatten(1), w['critic']
+    answer = lambda x, z: x @ c + z @ c.flip(0)
+    code = x * w['encoder']
+    return (code, code * w['generator'], answer(x, code),
+            answer(NOISE * w['generator'], NOISE))
+
+
+# ---------------------------------------------------------------- equations
+def check_values(cls):
+    """Both losses on known networks against PyTorch's cross-entropy."""
+    *_, on_encoded, on_generated = worked_out()
+    def ce(u, label):
+        return F.binary_cross_entropy_with_logits(u, torch.full_like(u, label), reduction='none')
+    d = shown(cls)
+    expected = dict(critic=dict(real=ce(on_encoded, 1.), fake=ce(on_generated, 0.)),
+                    generator=dict(encoded=ce(on_encoded, 0.), generated=ce(on_generated, 1.)))
+    for player, loss in (('critic', d.critic_loss), ('generator', d.generator_loss)):
+        terms = loss(PIXELS)
+        assert terms.keys() == expected[player].keys(), f'names of the {player}'
+        for name, value in expected[player].items():
+            assert terms[name].shape == (6,), f'shape of {name}'
+            assert torch.allclose(terms[name], value, atol=1e-5), f'value of {name}'
+
+
+def check_slopes(cls):
+    """Equation (3) pulls at encoder and generator as autograd says of the formula."""
+    d, names = shown(cls), ('encoder', 'generator')
+    w = {k: torch.tensor(v, requires_grad=True) for k, v in W.items()}
+    *_, u, v = worked_out(w)
+    truth = torch.autograd.grad((F.softplus(u) + F.softplus(-v)).mean(), [w[k] for k in names])
+    ours = [d.nets_[k].w for k in names]
+    found = torch.autograd.grad(total_loss(d.generator_loss(PIXELS), 6), ours, allow_unused=True)
+    for name, a, b in zip(names, found, truth):
+        assert a is not None and torch.allclose(a, b, atol=1e-5), f'slope of the {name}'
+
+
+# ---------------------------------------------------------------- the game
+def answers(d):
+    """Mean logit for encoded and for generated pairs."""
+    with isolated(1), torch.no_grad():
+        return (float(d.critic_output(XB).mean()),
+                float(d.critic_output(*d.fake_pairs(400)).mean()))
+
+
+def check_players(cls):
+    """Each step moves its own player and nobody else, in the right direction."""
+    d = raw(cls)
+    assert moved(d, 'critic', d.critic_loss, XB) == {'critic'}, 'step of the critic'
+    assert moved(d, 'generator', d.generator_loss, XB) == BOTH, 'step of the generator'
+    moved(d, 'critic', d.critic_loss, XB, 60)
+    before = answers(d)
+    assert before[0] > before[1] + .05, 'the critic does not learn to tell them apart'
+    moved(d, 'generator', d.generator_loss, XB, 30)
+    after = answers(d)
+    assert after[0] < before[0], 'encoded pairs do not fool'
+    assert after[1] > before[1], 'generated pairs do not fool'
+
+
+def check_turns(cls):
+    """One turn each, critic first; every term is recorded."""
+    turns = [(player, loss.__name__) for player, loss in cls(**SMALL).turns()]
+    assert turns == [('critic', 'critic_loss'), ('generator', 'generator_loss')], 'turns'
+    recorded = {k for k, v in cls(**SMALL, epochs=2).fit(X).history_.items() if len(v) == 2}
+    assert recorded == {'critic/real', 'critic/fake', 'generator/encoded', 'generator/generated',
+                        'seconds'}, 'records'
+
+
+# ---------------------------------------------------------------- the score
+def check_score(cls):
+    """Equations (4) to (6) in both forms, from the networks' weights; the map is the residual's."""
+    code, rebuilt, on_encoded, _ = worked_out()
+    x, c = PIXELS.flatten(1), torch.tensor(W['critic'])
+    residual = (x - rebuilt).abs().sum(1)
+    terms = dict(features=((x - rebuilt) * c).abs().sum(1),
+                 sigma=-torch.sigmoid(on_encoded).log())
+    for name, term in terms.items():
+        for alpha in (.9, .4):
+            d = shown(cls, critic_term=name, alpha=alpha)
+            truth = alpha * residual + (1 - alpha) * term
+            assert np.allclose(d.decision_function(PIXELS), truth, atol=1e-5), f'score with {name}'
+    assert np.allclose(d.encode(PIXELS), code, atol=1e-6), 'code'
+    assert np.allclose(d.reconstruct(PIXELS), rebuilt.reshape(6, 1, 1, 3), atol=1e-6), 'rebuilt'
+    squares = (x - rebuilt).square().reshape(6, 1, 3)
+    assert np.allclose(d.anomaly_map(PIXELS), squares, atol=1e-5), 'map'
+
+
+def check_scoring_moves_nothing(cls):
+    """Not a weight, not a statistic of a batch, whatever mode the networks were left in; and a
+    score is the same alone, in a batch, twice, and sorted in any way."""
+    x = np.random.default_rng(3).random((24, 1, 8, 8), dtype='float32')
+    d = cls(**SMALL, arch='conv', epochs=2, batch_size=8).fit(x)
+    before, scores = {k: v.clone() for k, v in d.nets_.state_dict().items()}, None
+    for mode in (False, True):
+        d.nets_.train(mode)
+        first = d.decision_function(x)
+        scores = first if scores is None else scores
+        assert np.allclose(first, scores, rtol=1e-4), 'the mode decides'
+        d.nets_.train(mode)
+        assert np.allclose(d.decision_function(x[::-1].copy())[::-1], scores, rtol=1e-4), 'order'
+        d.nets_.train(mode)
+        alone = np.concatenate([d.decision_function(x[i:i + 1]) for i in range(3)])
+        assert np.allclose(alone, scores[:3], rtol=1e-4), 'its company decides'
+    after = d.nets_.state_dict()
+    assert all(torch.equal(v, after[k]) for k, v in before.items()), 'scoring moves something'
+
+
+CHECKS = (check_values, check_slopes, check_players, check_turns, check_score,
+          check_scoring_moves_nothing)
+
+
+@pytest.mark.parametrize('check', CHECKS)
+def test_the_chapter_keeps(check): check(BiGAN)
+
+
+# ---------------------------------------------------------------- mutants
+def negated(terms): return {k: -v for k, v in terms.items()}
+
+
+NO_REAL, NO_FAKE, HELPFUL = (altered(BiGAN, 'critic_loss', change, name) for change, name in
+                             ((without('real'), 'NoReal'), (without('fake'), 'NoFake'),
+                              (negated, 'Helpful')))
+NO_ENCODED, NO_GENERATED, OBEDIENT = (
+    altered(BiGAN, 'generator_loss', change, name) for change, name in
+    ((without('encoded'), 'NoEncoded'), (without('generated'), 'NoGenerated'),
+     (negated, 'Obedient')))
+COLUMN = altered(BiGAN, 'generator_loss', lambda t: {k: v[:, None] for k, v in t.items()}, 'Column')
+
+class Swapped(BiGAN):
+    """Generated pairs are called 1."""
+    def critic_loss(self, xb):
+        fake = self.critic_output(*self.fake_pairs(len(xb)))
+        return dict(real=F.softplus(self.critic_output(xb)), fake=F.softplus(-fake))
+
+class Saturating(BiGAN):
+    """Encoder and generator minimize V itself."""
+    def generator_loss(self, xb):
+        u, v = self.critic_output(xb), self.critic_output(*self.fake_pairs(len(xb)))
+        return dict(encoded=-F.softplus(-u), generated=-F.softplus(v))
+
+class OtherNoise(BiGAN):
+    """The code of a generated pair is not the one that made the image."""
+    def fake_pairs(self, n):
+        return self.nets_.generator(NOISE[:n].flip(0)), NOISE[:n]
+
+class EncodedFake(BiGAN):
+    """Generated images get the code of the encoder."""
+    def fake_pairs(self, n):
+        image = self.nets_.generator(NOISE[:n])
+        return image, self.nets_.encoder(image)
+
+class ImagesOnly(BiGAN):
+    """The critic never sees a code."""
+    def critic_output(self, xb, code=None):
+        return self.nets_.critic(xb, torch.zeros(len(xb), self.latent_dim))
+
+class FixedCode(BiGAN):
+    """The slope does not reach the encoder."""
+    def generator_loss(self, xb):
+        fake = self.fake_pairs(len(xb))
+        on_encoded = self.critic_output(xb, self.code(xb).detach())
+        return fooling_pairs(on_encoded, self.critic_output(*fake))
+
+class NotTrained(BiGAN):
+    """The encoder stands still."""
+    def optimizers(self):
+        """Its Adam is missing."""
+        return super().optimizers() | dict(generator=self.adam('generator'))
+
+class CriticMovesAll(BiGAN):
+    def optimizers(self):
+        """The critic's Adam holds everything."""
+        return super().optimizers() | dict(critic=self.adam(*self.nets_))
+    def critic_loss(self, xb):
+        u, v = self.critic_output(xb), self.critic_output(*self.fake_pairs(len(xb)))
+        return dict(real=F.softplus(-u), fake=F.softplus(v))
+
+class GeneratorMovesAll(BiGAN):
+    def optimizers(self):
+        """The generator's Adam holds everything."""
+        return super().optimizers() | dict(generator=self.adam(*self.nets_))
+
+class NoCritic(BiGAN):
+    def turns(self):
+        """The critic never moves."""
+        return super().turns()[1:]
+
+class GeneratorFirst(BiGAN):
+    def turns(self):
+        """The other way round."""
+        return super().turns()[::-1]
+
+class MeanPixels(BiGAN):
+    def score_terms(self, xb):
+        terms = super().score_terms(xb)
+        return terms | dict(residual=terms['residual'] / xb[0].numel())
+
+class RebuiltCode(BiGAN):
+    """Features of the rebuilt image with the code of the rebuilt image."""
+    def score_terms(self, xb):
+        code, rebuilt, seen = self.code(xb), self.reconstruction(xb), self.nets_.critic.features
+        apart = seen(xb, code) - seen(rebuilt, self.code(rebuilt))
+        return super().score_terms(xb) | dict(features=apart.abs().sum(1))
+
+class SigmaOfRebuilt(BiGAN):
+    """As in EGBAD's code."""
+    def score_terms(self, xb):
+        u = self.critic_output(self.reconstruction(xb), self.code(xb))
+        return super().score_terms(xb) | dict(sigma=F.softplus(-u))
+
+class OtherLabel(BiGAN):
+    def score_terms(self, xb):
+        return super().score_terms(xb) | dict(sigma=F.softplus(self.critic_output(xb)))
+
+class AlphaOfCritic(BiGAN):
+    """The two weights the other way round."""
+    def image_score(self, xb):
+        terms = self.score_terms(xb)
+        return (1 - self.alpha) * terms['residual'] + self.alpha * terms[self.critic_term]
+
+class TrainMode(BiGAN):
+    """Nobody calls eval() before scoring."""
+    def image_score(self, xb):
+        self.nets_.train()
+        return super().image_score(xb)
+
+class MinMax(BiGAN):
+    """Scores scaled over the batch."""
+    def image_score(self, xb):
+        s = super().image_score(xb)
+        return (s - s.min()) / (s.max() - s.min() + 1e-6)
+
+
+@each_mutant({'value of real': (NO_REAL, HELPFUL, Swapped, ImagesOnly),
+              'value of fake': (NO_FAKE, OtherNoise, EncodedFake), 'shape': (COLUMN,),
+              'value of encoded': (NO_ENCODED, OBEDIENT, Saturating),
+              'value of generated': (NO_GENERATED,)})
+def test_wrong_losses_are_caught(why, broken): assert_caught(check_values, broken, why)
+
+
+@each_mutant({'slope of the encoder': (NO_ENCODED, FixedCode, OBEDIENT, Saturating, ImagesOnly),
+              'slope of the generator': (NO_GENERATED, OtherNoise)})
+def test_wrong_slopes_are_caught(why, broken): assert_caught(check_slopes, broken, why)
+
+
+@each_mutant({'tell them apart': (HELPFUL, Swapped), 'step of the critic': (CriticMovesAll,),
+              'step of the generator': (GeneratorMovesAll, NotTrained, FixedCode),
+              'do not fool': (OBEDIENT,)})
+def test_wrong_moves_are_caught(why, broken): assert_caught(check_players, broken, why)
+
+
+@each_mutant({'turns': (NoCritic, GeneratorFirst)})
+def test_wrong_turns_are_caught(why, broken): assert_caught(check_turns, broken, why)
+
+
+@each_mutant({'score with features': (MeanPixels, RebuiltCode, AlphaOfCritic),
+              'score with sigma': (SigmaOfRebuilt, OtherLabel)})
+def test_wrong_scores_are_caught(why, broken): assert_caught(check_score, broken, why)
+
+
+@each_mutant({'decides|order|moves': (TrainMode, MinMax)})
+def test_leaks_are_caught(why, broken): assert_caught(check_scoring_moves_nothing, broken, why)
+
+
+# ---------------------------------------------------------------- pieces
+def test_equation_by_hand():
+    terms = fooling_pairs(torch.tensor([0.]), torch.tensor([np.log(3.)], dtype=torch.float32))
+    assert np.allclose([float(v) for v in terms.values()], [np.log(2), np.log(4 / 3)], atol=1e-6)
+
+
+@pytest.mark.parametrize('arch', ('mlp', 'conv'))
+def test_a_pair_critic_hears_image_and_code(arch):
+    torch.manual_seed(0)
+    critic = PairCritic((2, 9, 8), 5, features_dim=7, arch=arch, width=2).eval()
+    x, z = torch.rand(4, 2, 9, 8), torch.randn(4, 5)
+    assert critic.features(x, z).shape == (4, 7) and critic(x, z).shape == (4,)
+    assert torch.allclose(critic(x, z), critic.head(critic.features(x, z))[:, 0])
+    assert not torch.allclose(critic(x, z), critic(x, z.flip(0)))
+    assert not torch.allclose(critic(x, z), critic(x.flip(0), z))
+    gap = critic(x, z) - critic(x, 0 * z) - critic(0 * x, z) + critic(0 * x, 0 * z)
+    assert gap.abs().max() > 1e-4, 'image and code are judged apart, never together'
+
+
+def test_nothing_is_searched():
+    scores = [BiGAN(**SMALL, epochs=1, n_draws=n).fit(X).decision_function(X) for n in (1, 900)]
+    assert np.array_equal(*scores)
+    d = BiGAN(**SMALL, epochs=1).fit(X)
+    assert not hasattr(d, 'bank_') and d.sample(3).shape == (3, 1, 4, 4)
+
+
+def test_rates_and_memory_reach_the_optimizers():
+    d = raw(BiGAN, lr=.1, critic_lr=.2, beta1=.3)
+    groups = {name: o.param_groups[0] for name, o in d.optimizers_.items()}
+    assert {k: g['lr'] for k, g in groups.items()} == dict(generator=.1, critic=.2)
+    assert all(g['betas'] == (.3, .999) for g in groups.values())
+
+
+@pytest.mark.parametrize('params, message', [
+    (dict(latent_dim=0), 'latent_dim must be a whole number, at least 1; got 0'),
+    (dict(alpha=1.5), 'alpha must be a number, at least 0 and at most 1; got 1.5'),
+    (dict(alpha=float('nan')), 'alpha'), (dict(critic_term='fm'), "one of 'sigma', 'features'"),
+    (dict(batch_size=1), 'batch_size'), (dict(width=0), 'width'), (dict(beta1=1.), 'beta1'),
+    (dict(critic_lr=0), 'critic_lr'), (dict(arch='cnn'), 'arch')])
+def test_wrong_settings_are_named(params, message):
+    with pytest.raises(ValueError, match=message): BiGAN(**SMALL | params).fit(X)
+
+
+def test_an_exploding_game_names_player_term_epoch_and_rates():
+    with pytest.raises(FloatingPointError, match="'critic/.*epoch 1.*critic_lr=1e\\+30"):
+        BiGAN(**SMALL, critic_lr=1e30, epochs=3, batch_size=8).fit(X)
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (2, 9), (3, 5), (28, 28), (33, 32)])
+def test_any_image_fits(shape):
+    x = np.random.default_rng(0).random((5, 3, *shape), dtype='float32')
+    for arch in ('mlp', 'conv'):
+        d = BiGAN(**SMALL, arch=arch, epochs=1, batch_size=4).fit(x)
+        assert d.reconstruct(x).shape == x.shape and d.encode(x).shape == (5, 3)
+        assert np.isfinite(d.decision_function(x)).all()
+
+
+def test_a_saved_game_scores_the_same(tmp_path):
+    d = BiGAN(**SMALL, epochs=2, critic_term='sigma', alpha=.3).fit(X)
+    d.save(tmp_path/'d')
+    assert np.array_equal(load(tmp_path/'d').decision_function(X), d.decision_function(X))
+
+
+def test_on_a_line_encoder_and_generator_become_inverse():
+    """The optimum is known: a rising or a falling line; and nobody learns it without the game."""
+    z = norm.ppf((np.arange(300) + .5) / 300)
+    x = (.5 + .12 * z).reshape(-1, 1, 1, 1).astype('float32')
+    line = dict(latent_dim=1, batch_size=50, beta1=0., verbose=False)
+    def off(d): return float(np.abs(x - d.reconstruct(x)).mean())
+    for seed in range(2):
+        d = BiGAN(**line, epochs=100, seed=seed).fit(x)
+        assert off(d) < .06 < off(BiGAN(**line, epochs=0, seed=seed).fit(x))
+        assert abs(np.corrcoef(d.encode(x)[:, 0], z)[0, 1]) > .98
