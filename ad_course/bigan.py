@@ -18,7 +18,7 @@ from .networks import conv_encoder, encoder, generator, resolve_arch
 def fooling_pairs(on_encoded, on_generated):
     """Equation (3): both kinds of pairs want to be called the other kind.
 
-    Logits (b,) each -> terms (b,). Donahue et al. 2017, section 3.4 ("inverse" objective).
+    Logits (b,) each -> terms (b,). Donahue et al. 2017; Zenati et al. 2018.
     """
     return dict(encoded=F.softplus(on_encoded), generated=F.softplus(-on_generated))
 
