@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FASHION', 'CIFAR', 'SUPERCLASSES', 'MVTEC', 'data_root', 'smoke', 'when_asked', 'mnist', 'fashion_mnist', 'cifar10',
-           'cifar100', 'from_npz', 'read_image', 'read_mask', 'ImageFiles', 'from_folder', 'mvtec', 'magnetic_tile']
+           'cifar100', 'from_npz', 'few_clothes', 'few_objects', 'read_image', 'read_mask', 'ImageFiles', 'from_folder',
+           'mvtec', 'magnetic_tile']
 
 # %% ../nbs/0_foundations/01b_datasets.ipynb #00000004
 import ast, io, os, re, shutil, socket, stat, struct, sys, tempfile, unicodedata, zipfile
@@ -294,6 +295,28 @@ def _named(y, classes, path):
         raise ValueError(f'labels in {path} must be {rule}, classes of the file; '
                          f'got {y[bad.argmax()]} at {bad.argmax()}')
     return y if text else classes[y.astype(int)]
+
+# %% ../nbs/0_foundations/01b_datasets.ipynb #63963673
+def few_clothes(normal, n_train=300, seed=0, root=None):
+    """Fashion-MNIST from `fashion_mnist_test.npz`, the official test images, split by the seed.
+
+    Where there is no such file in the root: few of the official training images."""
+    path = Path(root or data_root()) / 'fashion_mnist_test.npz'
+    same = dict(normal=normal, n_train=n_train, seed=seed)
+    at_hand = path.exists() and (root is not None or smoke(True, False))
+    return from_npz(path, **same) if at_hand else fashion_mnist(**same, root=root)
+
+
+def few_objects(normal, n_train=500, seed=0, root=None):
+    """CIFAR-10 from `cifar10_train_500pc.npz`, 500 images a class, and the official test images.
+
+    Where there is no such file in the root: few of all official training images."""
+    folder = Path(root or data_root())
+    path, test_path = folder / 'cifar10_train_500pc.npz', folder / 'cifar10_test.npz'
+    same = dict(normal=normal, n_train=n_train, seed=seed)
+    at_hand = path.exists() and (root is not None or smoke(True, False))
+    if not at_hand: return cifar10(**same, root=root)
+    return from_npz(path, test_path=test_path, **same)
 
 # %% ../nbs/0_foundations/01b_datasets.ipynb #0000006d
 def read_image(source, size=None, channels=3, name=None):
