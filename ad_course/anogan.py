@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['residual', 'minimize', 'with_own_weights', 'AnoGAN']
 
-# %% ../nbs/2_gans/23_anogan.ipynb #63f7befe
+# %% ../nbs/2_gans/23_anogan.ipynb #5bfa74da
 from dataclasses import dataclass
 import torch
 from torch.func import functional_call, vmap
 from .gan import GAN
 
-# %% ../nbs/2_gans/23_anogan.ipynb #e1d5655a
+# %% ../nbs/2_gans/23_anogan.ipynb #7d4cc749
 def residual(a, b):
     """The sum of all absolute differences, image by image: (b, ...) twice -> (b,).
 
@@ -19,7 +19,7 @@ def residual(a, b):
     """
     return (a - b).abs().flatten(1).sum(1)
 
-# %% ../nbs/2_gans/23_anogan.ipynb #25735849
+# %% ../nbs/2_gans/23_anogan.ipynb #ea67dadb
 def minimize(loss, starts, rates, steps):
     """Tensors that lower loss(*tensors) -> (b,), every row on its own, by Adam.
 
@@ -28,7 +28,7 @@ def minimize(loss, starts, rates, steps):
     """
     with torch.enable_grad():
         found = [t.detach().clone().requires_grad_() for t in starts]
-        optimizer = torch.optim.Adam([dict(params=[t], lr=lr) for t, lr in zip(found, rates)])
+        optimizer = torch.optim.Adam([dict(params=[t], lr=lr) for t, lr in zip(found, rates, strict=True)])
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
         for _ in range(steps):
             slopes = torch.autograd.grad(loss(*found).sum(), found)       # of nothing else
@@ -37,7 +37,7 @@ def minimize(loss, starts, rates, steps):
             schedule.step()
     return [t.detach() for t in found]
 
-# %% ../nbs/2_gans/23_anogan.ipynb #1e266660
+# %% ../nbs/2_gans/23_anogan.ipynb #009ef966
 def with_own_weights(net, x, weights):
     """net of each row of x, with weights of its own: (b, ...) -> (b, ...).
 
@@ -47,7 +47,7 @@ def with_own_weights(net, x, weights):
     one = lambda row, *own: functional_call(net, dict(zip(names, own)), (row[None],))[0]
     return vmap(one)(x, *weights)
 
-# %% ../nbs/2_gans/23_anogan.ipynb #e40de62b
+# %% ../nbs/2_gans/23_anogan.ipynb #22f6be14
 @dataclass(kw_only=True, eq=False, repr=False)
 class AnoGAN(GAN):
     """AnoGAN: a code is searched for each image; the score is what the search leaves over.
@@ -87,6 +87,7 @@ class AnoGAN(GAN):
 
     def search(self, xb):
         """The best end for each image: codes (b, latent_dim), images, what is left of (3) (b,)."""
+        self.check_params()                                      # the search may be set after fit
         x = xb.repeat_interleave(self.n_starts, 0)               # (b * n_starts, c, h, w)
         generator, seen = self.nets_.generator, self.nets_.critic.features(x)
         weights = [*generator.parameters()] if self.generator_lr else []

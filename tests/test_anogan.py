@@ -1,6 +1,7 @@
 """AnoGAN: the search, its losses, its starts, what it must not move; mutants of each."""
 import copy
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ from ad_course.wgan import WGANGP
 from .mutants import assert_caught, changed, each_mutant
 
 SMALL = dict(latent_dim=3, width=2, n_draws=40, steps=8, verbose=False)
-X = np.random.default_rng(0).random((20, 1, 6, 6), dtype='float32')
+X = np.random.default_rng(0).random((20, 2, 6, 6), dtype='float32')
 SETTINGS = (dict(), dict(feature_weight=.6), dict(prior_weight=2.), dict(steps=0), dict(steps=1),
-            dict(n_starts=3), dict(generator_lr=.05), dict(n_starts=2, generator_lr=.05))
+            dict(n_starts=3), dict(generator_lr=.05), dict(n_starts=2, generator_lr=.05),
+            dict(n_starts=3, prior_weight=2.), dict(generator_lr=.05, prior_weight=2.))
 
 
 def fitted(cls, **params): return cls(**SMALL | dict(epochs=2) | params).fit(X)
@@ -108,12 +110,15 @@ CHECKS = check_search, check_stillness, check_search_gets_nearer
 def test_the_chapter_keeps(check): check(AnoGAN)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class OnWGANGP(AnoGAN, WGANGP):
+    """The search in a generator that has played another game."""
     beta1: float = 0.
 
 
 def test_the_search_works_in_another_generator():
     check_search(OnWGANGP)
+    assert OnWGANGP().get_params().items() >= WGANGP().get_params().items()
     turns = [(player, loss.__func__) for player, loss, *_ in OnWGANGP().turns()]
     assert turns == [('critic', WGANGP.critic_loss), ('generator', WGANGP.generator_loss)]
 
@@ -178,6 +183,29 @@ class MeanOfStarts(AnoGAN):
             ends.append(AnoGAN.image_score(one, xb))
         return torch.stack(ends).mean(0)
 
+class FirstChannel(AnoGAN):
+    def mapping_loss(self, x, seen, fake):
+        features = residual(seen, self.nets_.critic.features(fake))
+        pixels = residual(x[:, :1], fake[:, :1])
+        return (1 - self.feature_weight) * pixels + self.feature_weight * features
+
+class ChosenWithPrior(AnoGAN):
+    """The best start is the best by (4)."""
+    def search(self, xb):
+        one = copy.copy(self).set_params(n_starts=1)
+        ends = []
+        for z in self.start(xb).unbind(1):
+            one.start = lambda _, z=z: z[:, None]
+            ends.append(AnoGAN.search(one, xb))
+        z, fake, left = (torch.stack(several, 1) for several in zip(*ends))
+        best = (left + self.prior_weight * z.square().sum(2) / 2).argmin(1)
+        rows = torch.arange(len(xb))
+        return z[rows, best], fake[rows, best], left[rows, best]
+
+class NoPriorOfStarts(AnoGAN):
+    """The prior is forgotten where there are several starts, or a generator follows."""
+    def prior(self, z): return super().prior(z) * (self.n_starts == 1 and not self.generator_lr)
+
 class PriorInTheScore(AnoGAN):
     def image_score(self, xb):
         z, _, left = self.search(xb)
@@ -240,6 +268,7 @@ class ByPlace(AnoGAN):
 
 
 @each_mutant({'score|code': [*LOSSES, Farthest, FirstDraws, MeanOfStarts, PriorInTheScore, NoPrior,
+                        FirstChannel, ChosenWithPrior, NoPriorOfStarts,
                         WholePrior, MeanPrior, NoSearch, FixedGenerator, OneForAll],
               'map': [SquaredMap]})
 def test_wrong_searches_are_caught(why, broken): assert_caught(check_search, broken, why)
@@ -268,6 +297,9 @@ def check_minimize(minimize):
     assert not z.requires_grad, 'slopes are left'
     alone, _ = minimize(loss, [t[:1] for t in start], [.3, .1], 200)
     assert torch.equal(alone, z[:1]), 'rows feel each other'
+    flat = lambda z, w: 1e-7 * loss(z, w)               # slopes as small as what Adam adds to them
+    few, many = (minimize(flat, [t[:n] for t in start], [.3, .1], 20)[0][0] for n in (1, 3))
+    assert torch.equal(few, many), 'rows count each other'
     slow, _ = minimize(loss, start, [.3, 0.], 1)
     assert torch.allclose(slow[:, 0].abs(), torch.full((3,), .3)), 'the rate'
     one, two = (minimize(loss, start, [.3, .1], n)[0] for n in (1, 2))
@@ -297,6 +329,10 @@ def together(loss, starts, rates, steps):
     return minimize(shared, starts, rates, steps)
 
 
+def by_the_mean(loss, starts, rates, steps):
+    return minimize(lambda *z: loss(*z) / len(z[0]), starts, rates, steps)
+
+
 def upwards(loss, *rest): return minimize(lambda *z: -loss(*z), *rest)
 def with_slopes(*args): return [t.requires_grad_() for t in minimize(*args)]
 
@@ -305,7 +341,7 @@ def test_rows_find_their_minimum(): check_minimize(minimize)
 
 
 @each_mutant({'minimum': [upwards, together], 'falls': [without_schedule],
-              'starts move': [in_place], 'slopes': [with_slopes]})
+              'starts move': [in_place], 'count': [by_the_mean], 'slopes': [with_slopes]})
 def test_wrong_descents_are_caught(why, broken): assert_caught(check_minimize, broken, why)
 
 
