@@ -215,11 +215,20 @@ class _Settings(BaseEstimator, metaclass=_Readable):
 
     def check_params(self):
         """Hyper-parameters in their ranges; methods extend this and call super()."""
+        self._check_fields()
         self.require_whole('epochs', 'seed', 'workers', least=0)
         self.require_whole('batch_size', least=1)
         self.require_number('lr', above=0)
         self.require_number('contamination', above=0, below=1)
         self.require_choice('precision', ('auto', 'float32', 'bfloat16'))
+
+    def _check_fields(self):
+        """TypeError for hyper-parameters of a class without @dataclass: they would do nothing."""
+        for cls in type(self).__mro__:
+            own = [*inspect.get_annotations(cls)]
+            if own and '__dataclass_fields__' not in vars(cls):
+                raise TypeError(f'{cls.__name__}: the value of {own[0]} would be ignored; write '
+                                '@dataclass(kw_only=True, eq=False, repr=False) above the class')
 
     def tell(self, message):
         """A UserWarning of `fit`, under the name of the detector and without a path."""

@@ -1440,3 +1440,17 @@ def test_after_epoch_can_end_a_run():
     assert len(Stops(epochs=5, verbose=False).fit(images(8)).history_['reconstruction']) == 2
     other = Stops(epochs=5, verbose=False, answer=1).fit(images(8))   # true, but not True
     assert len(other.history_['reconstruction']) == 5
+
+
+def test_a_default_without_the_decorator_is_no_default():
+    """Else it would be ignored in silence: the generated __init__ knows the parent's only."""
+    class Wider(AE):
+        width: int = 64
+    @dataclass(kw_only=True, eq=False, repr=False)
+    class Sure(Wider): pass
+    x = np.random.default_rng(0).random((8, 1, 4, 4), dtype='float32')
+    for cls in (Wider, Sure):
+        with pytest.raises(TypeError, match='Wider: the value of width would be ignored; write @data'):
+            cls(epochs=0, verbose=False).fit(x)
+    class Plain(AE): pass
+    assert Plain(epochs=0, verbose=False).fit(x).width == AE().width

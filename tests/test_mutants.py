@@ -87,7 +87,6 @@ class WrongSign(Sound):
 
 
 class BatchStatistics(Sound):
-    norm: bool = True
     def networks(self, shape):
         return dict(encoder=encoder(shape, 8, norm=True), decoder=decoder(shape, 8, norm=True))
     def image_score(self, xb):
