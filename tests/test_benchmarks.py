@@ -36,7 +36,8 @@ def run(script, options, folder, monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.setenv('AD_COURSE_DATA', str(folder))
     bench, main = (importlib.import_module(name) for name in ('bench', script.removesuffix('.py')))
-    for name in ('ae', 'achc', 'baselines'): importlib.import_module(f'ad_course.{name}')
+    for name in ('ae', 'achc', 'baselines', 'fanogan', 'ganomaly'):
+        importlib.import_module(f'ad_course.{name}')
     in_new_process, new, in_forks = bench.in_a_process_of_its_own, [], []
     def measured(*args, **options):
         if not new or not can_fork():
@@ -110,3 +111,23 @@ def test_train_deepsvdd(tmp_path, monkeypatch):
         'plain loop, our network', 'ours', 'ours, ACHC', 'plain loop, no warm start',
         'ours, no warm start', "ours, PyOD's layers", 'PCA, 30 components'}
     for _, cpu, *_, auroc in lines: assert float(cpu) >= 0 and 0 <= float(auroc) <= 1
+
+
+@pytest.mark.slow
+def test_train_gans(tmp_path, monkeypatch):
+    """A line for every contestant; the plain loops train what `fit` trains, to the last bits."""
+    out = run('train_gans.py', '--images 80 --epochs 2 --rounds 1', tmp_path, monkeypatch)
+    head, _, *lines = rows(out)
+    assert head == ['task', 'contestant', 'ms a batch, median', 'min', 'ratio', "of the encoder's",
+                    'ratio', 'CPU s of fit, min', 'ratio', 'peak, MiB', 'AUROC']
+    names = [f'{method}, {who}' for method in ('f-AnoGAN', 'GANomaly')
+             for who in ('plain loop', 'ours')]
+    assert [line[:2] for line in lines] == [[t, n] for t in ('digits', 'images') for n in names]
+    for _, name, median, least, ratio, encoder, *_, auroc in lines:
+        assert 0 < float(least) <= float(median) and 0 <= float(auroc) <= 1
+        assert bool(encoder) == name.startswith('f-AnoGAN')
+        if 'plain' in name: assert ratio == '1.00'
+    differences = dict(re.findall(r'([\w-]+ on \w+): ([\d.e+-]+)', out))
+    assert len(differences) == 4
+    for which, most in differences.items():   # f-AnoGAN's fit also keeps statistics still
+        if which != 'f-AnoGAN on images': assert float(most) < 1e-3, which

@@ -34,6 +34,11 @@ def as_floats(x):
     return (x / 255 if x.dtype == 'uint8' else x).astype('float32')
 
 
+def flat(images):
+    """Images as rows, for those that know no images: (n, c, h, w) -> (n, c h w)."""
+    return images.reshape(len(images), -1)
+
+
 def forget_peak():
     """Gives back what the process does not use; from here on its peak counts anew (on Linux)."""
     gc.collect()

@@ -125,12 +125,11 @@ def train_pyod(x, epochs):
         def train(self, loader):
             self.ticks = [time.perf_counter()]
             super().train(loader)
-    flat = lambda images: images.reshape(len(images), -1)
     layers = dict(hidden_neuron_list=[8 * WIDTH, CODE_DIM], batch_norm=False, dropout_rate=0.)
     d = Timed(epoch_num=epochs, batch_size=BATCH, preprocessing=False, optimizer_params={},
-              device='cpu', random_state=SEED, verbose=0, **layers).fit(flat(x))
+              device='cpu', random_state=SEED, verbose=0, **layers).fit(bench.flat(x))
     seconds = [b - a for a, b in zip(d.ticks, d.ticks[1:])]
-    return seconds, lambda images: d.decision_function(flat(images))
+    return seconds, lambda images: d.decision_function(bench.flat(images))
 
 
 def train(network, who, x, epochs):

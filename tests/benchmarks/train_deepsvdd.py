@@ -99,9 +99,6 @@ def train_plainly(x, epochs, warm):
     return score
 
 
-def flat(images): return images.reshape(len(images), -1)
-
-
 def train_ours(how, x, epochs):
     """`fit` of the course: warm or 'cold', or with 'layers' as PyOD has them."""
     from ad_course.deepsvdd import DeepSVDD
@@ -124,11 +121,11 @@ def train_peer(kind, x, epochs):
     """PyOD's or DeepOD's; they have no warm start and get its epochs too."""
     if kind == 'pyod':
         from pyod.models.deep_svdd import DeepSVDD
-        own = dict(n_features=flat(x).shape[1], random_state=0)
+        own = dict(n_features=bench.flat(x).shape[1], random_state=0)
     else:
         from deepod.models.tabular import DeepSVDD
         own = dict(device='cpu', random_state=42)
-    return DeepSVDD(epochs=2 * epochs, batch_size=BATCH, verbose=0, **own).fit(flat(x))
+    return DeepSVDD(epochs=2 * epochs, batch_size=BATCH, verbose=0, **own).fit(bench.flat(x))
 
 
 def train(who, x, epochs):
@@ -141,7 +138,7 @@ def train(who, x, epochs):
         from ad_course.baselines import PCA
         return PCA(components=min(30, len(x) - 1), device='cpu').fit(x).decision_function
     peer = train_peer(kind, x, epochs)
-    return lambda images: peer.decision_function(flat(images))
+    return lambda images: peer.decision_function(bench.flat(images))
 
 
 def measure(contestant, digit, limit, epochs, threads):
