@@ -28,7 +28,8 @@ def minimize(loss, starts, rates, steps):
     """
     with torch.enable_grad():
         found = [t.detach().clone().requires_grad_() for t in starts]
-        optimizer = torch.optim.Adam([dict(params=[t], lr=lr) for t, lr in zip(found, rates, strict=True)])
+        groups = [dict(params=[t], lr=lr) for t, lr in zip(found, rates, strict=True)]
+        optimizer = torch.optim.Adam(groups)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
         for _ in range(steps):
             slopes = torch.autograd.grad(loss(*found).sum(), found)       # of nothing else

@@ -1450,7 +1450,7 @@ def test_a_default_without_the_decorator_is_no_default():
     class Sure(Wider): pass
     x = np.random.default_rng(0).random((8, 1, 4, 4), dtype='float32')
     for cls in (Wider, Sure):
-        with pytest.raises(TypeError, match='Wider: the value of width would be ignored; write @data'):
+        with pytest.raises(TypeError, match='Wider: the value of width would be ignored; write'):
             cls(epochs=0, verbose=False).fit(x)
     class Plain(AE): pass
     assert Plain(epochs=0, verbose=False).fit(x).width == AE().width
