@@ -343,6 +343,8 @@ def test_nothing_is_searched():
     assert np.array_equal(*scores)
     d = BiGAN(**SMALL, epochs=1).fit(X)
     assert not hasattr(d, 'bank_') and d.sample(3).shape == (3, 1, 4, 4)
+    with pytest.raises(NotImplementedError, match='BiGAN has no generated images .* encode'):
+        d.nearest(torch.tensor(X))
 
 
 def test_rates_and_memory_reach_the_optimizers():

@@ -431,13 +431,45 @@ def test_nothing_is_searched():
 
 
 def test_a_save_amid_the_game_is_refused_and_amid_the_phase_kept(tmp_path):
+    kept = []
     class Saving(FAnoGAN):
-        """Saves itself after each batch of a loss."""
+        """Saves itself in the game, and before each step of the encoder but its first."""
         def generator_loss(self, xb):
             with pytest.raises(NotFittedError, match='encoder'): self.save(tmp_path/'d')
             return super().generator_loss(xb)
-    Saving(**SMALL, epochs=2, batch_size=10).fit(X)
+        def encoder_terms(self, xb):
+            if kept: self.save(tmp_path/'e')
+            kept.append({k: v.clone() for k, v in self.nets_.encoder.state_dict().items()})
+            return super().encoder_terms(xb)
+    d = Saving(**SMALL, epochs=2, batch_size=10).fit(X)
     assert not (tmp_path/'d').exists()
+    amid = Saving.load(tmp_path/'e')
+    assert all(torch.equal(v, kept[-1][k]) for k, v in amid.nets_.encoder.state_dict().items())
+    again = [amid.decision_function(X) for _ in range(2)]
+    assert np.isfinite(again[0]).all() and np.array_equal(*again)
+    assert not np.array_equal(again[0], d.decision_function(X))
+
+
+def test_what_the_phases_promise():
+    assert FAnoGAN.resumes is True and FAnoGAN.loss_falls == ('encoder',)
+
+
+def test_half_precision_compares_in_full():
+    seen = []
+    class Noted(FAnoGAN):
+        """Notes the kind of number of each term."""
+        def feature_residual(self, xb, rebuilt):
+            seen.append(super().feature_residual(xb, rebuilt))
+            return seen[-1]
+    d = Noted(**SMALL, epochs=1, batch_size=10, precision='bfloat16').fit(X)
+    assert seen and {v.dtype for v in seen} == {torch.float32}
+    assert np.isfinite(d.decision_function(X)).all()
+
+
+def test_there_are_no_images_to_search():
+    d = FAnoGAN(**SMALL, epochs=1, batch_size=10).fit(X)
+    with pytest.raises(NotImplementedError, match='FAnoGAN has no generated images .* encode'):
+        d.nearest(XB)
 
 
 @pytest.mark.parametrize('params, message', [

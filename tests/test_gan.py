@@ -512,6 +512,11 @@ def test_sample_needs_a_fit():
     with pytest.raises(NotFittedError, match='call fit'): GAN().sample(3)
 
 
+def test_nearest_needs_images():
+    with pytest.raises(NotImplementedError, match='GAN has no generated images .* call fit'):
+        GAN(**SMALL).nearest(torch.tensor(X))
+
+
 def test_an_exploding_game_names_player_term_epoch_and_rates():
     with pytest.raises(FloatingPointError, match="'critic/real'.*epoch 1.*critic_lr=1e\\+30"):
         LSGAN(**SMALL, critic_lr=1e30, epochs=3, batch_size=8).fit(X)
