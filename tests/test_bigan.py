@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from ad_course.bigan import BiGAN, PairCritic, fooling_pairs
 from ad_course.detector import isolated, load, total_loss
+from ad_course.networks import encoder, generator
 
 from .mutants import assert_caught, each_mutant
 from .players import altered, moved, ready, without
@@ -123,6 +124,36 @@ def check_turns(cls):
                         'seconds'}, 'records'
 
 
+def check_pairs(cls):
+    """A generated pair is fresh noise from the prior and the generator's answer to it."""
+    d = raw(cls)
+    d.nets_.eval()
+    with isolated(4), torch.no_grad():
+        image, z = d.fake_pairs(4000)
+        assert torch.allclose(image, d.nets_.generator(z), atol=1e-6), 'image of a pair'
+        assert not torch.equal(z, d.fake_pairs(4000)[1]), 'noise is not fresh'
+    assert z.shape == (4000, 3) and z.mean(0).abs().max() < .08, 'mean of the prior'
+    assert (z.std(0) - 1).abs().max() < .05, 'spread of the prior'
+
+
+def norms(net): return [m for m in net.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
+
+
+def check_norm(cls):
+    """Encoder and generator normalize each batch they play with; the critic never does."""
+    for arch in ('mlp', 'conv'):
+        d = ready(cls(**SMALL, epochs=0, arch=arch).fit(np.tile(X, (1, 1, 3, 3))))
+        xb = XB.tile(1, 1, 3, 3)
+        assert not norms(d.nets_.critic), 'critic with batch statistics'
+        for name in sorted(BOTH):
+            assert norms(d.nets_[name]), f'norm of the {name}'
+            seen = norms(d.nets_[name])[0].running_mean.clone()
+            d.nets_.train()
+            d.descend('generator', d.generator_loss, xb)
+            now = norms(d.nets_[name])[0].running_mean
+            assert not torch.equal(now, seen), f'statistics of the {name} stand still'
+
+
 # ---------------------------------------------------------------- the score
 def check_score(cls):
     """Equations (4) to (6) in both forms, from the networks' weights; the map is the residual's."""
@@ -162,8 +193,8 @@ def check_scoring_moves_nothing(cls):
     assert all(torch.equal(v, after[k]) for k, v in before.items()), 'scoring moves something'
 
 
-CHECKS = (check_values, check_slopes, check_players, check_turns, check_score,
-          check_scoring_moves_nothing)
+CHECKS = (check_values, check_slopes, check_players, check_turns, check_pairs, check_norm,
+          check_score, check_scoring_moves_nothing)
 
 
 @pytest.mark.parametrize('check', CHECKS)
@@ -236,6 +267,42 @@ class GeneratorMovesAll(BiGAN):
     def optimizers(self):
         """The generator's Adam holds everything."""
         return super().optimizers() | dict(generator=self.adam(*self.nets_))
+
+class WiderNoise(BiGAN):
+    """Codes of three times the prior's spread."""
+    def fake_pairs(self, n):
+        z = 3 * torch.randn(n, self.latent_dim)
+        return self.nets_.generator(z), z
+
+class OneNoise(BiGAN):
+    """The same noise at each call."""
+    def fake_pairs(self, n):
+        z = self.draws(n)
+        return self.nets_.generator(z), z
+
+def replaced(name, make):
+    """A class of which one network is another: make(shape, sizes)."""
+    def networks(self, shape):
+        sizes = dict(arch=self.arch, width=self.width)
+        return BiGAN.networks(self, shape) | {name: make(shape, sizes)}
+    return type(f'Other{name}', (BiGAN,), dict(networks=networks))
+
+PLAIN_ENCODER = replaced('encoder', lambda shape, s: encoder(shape, 3, **s, norm=False))
+PLAIN_GENERATOR = replaced('generator', lambda shape, s: generator(shape, 3, **s, norm=False))
+
+def normalizing(shape, sizes):
+    """A critic of pairs that looks at batches."""
+    critic = PairCritic(shape, 3, **sizes)
+    critic.image.append(nn.BatchNorm1d(critic.code.out_features))
+    return critic
+
+NORMED_CRITIC = replaced('critic', normalizing)
+
+class EvalMode(BiGAN):
+    """Encoder and generator play in scoring mode."""
+    def generator_loss(self, xb):
+        self.nets_.eval()
+        return super().generator_loss(xb)
 
 class NoCritic(BiGAN):
     def turns(self):
@@ -310,6 +377,16 @@ def test_wrong_moves_are_caught(why, broken): assert_caught(check_players, broke
 def test_wrong_turns_are_caught(why, broken): assert_caught(check_turns, broken, why)
 
 
+@each_mutant({'spread of the prior': (WiderNoise,), 'not fresh': (OneNoise,),
+              'image of a pair': (OtherNoise,)})
+def test_wrong_pairs_are_caught(why, broken): assert_caught(check_pairs, broken, why)
+
+
+@each_mutant({'norm of the encoder': (PLAIN_ENCODER,), 'norm of the generator': (PLAIN_GENERATOR,),
+              'stand still': (EvalMode,), 'critic with batch statistics': (NORMED_CRITIC,)})
+def test_wrong_norms_are_caught(why, broken): assert_caught(check_norm, broken, why)
+
+
 @each_mutant({'score with features': (MeanPixels, RebuiltCode, AlphaOfCritic),
               'score with sigma': (SigmaOfRebuilt, OtherLabel)})
 def test_wrong_scores_are_caught(why, broken): assert_caught(check_score, broken, why)
@@ -336,6 +413,24 @@ def test_a_pair_critic_hears_image_and_code(arch):
     assert not torch.allclose(critic(x, z), critic(x.flip(0), z))
     gap = critic(x, z) - critic(x, 0 * z) - critic(0 * x, z) + critic(0 * x, 0 * z)
     assert gap.abs().max() > 1e-4, 'image and code are judged apart, never together'
+
+
+def test_the_layers_of_a_pair_critic():
+    """Image and code meet in 32 * width units; both layers behind them are leaky."""
+    critic, x, z = PairCritic((1, 8, 8), 5), torch.rand(4, 1, 8, 8), torch.randn(4, 5)
+    meet = critic.image(x) + critic.code(z)
+    assert meet.shape == (4, 32 * 16) and critic.features(x, z).shape == (4, 64)
+    hidden = F.leaky_relu(critic.joined[1](F.leaky_relu(meet, .2)), .2)
+    assert torch.allclose(critic.features(x, z), hidden, atol=1e-6) and (hidden < 0).any()
+    for width in (2, 3):
+        conv = PairCritic((1, 28, 28), 5, arch='conv', width=width)
+        assert conv.image[0].out_channels == width and conv.code.out_features == 32 * width
+
+
+def test_the_settings_the_chapter_speaks_of():
+    d = BiGAN()
+    assert (d.critic_lr, d.lr, d.batch_size, d.latent_dim) == (3e-3, 1e-3, 32, 16)
+    assert (d.alpha, d.critic_term) == (.9, 'sigma')
 
 
 def test_nothing_is_searched():
