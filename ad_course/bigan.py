@@ -31,7 +31,7 @@ class PairCritic(nn.Module):
     def __init__(self, shape, latent_dim, features_dim=64, arch='auto', width=16):
         super().__init__()
         hidden, conv = 32 * width, resolve_arch(shape, arch) == 'conv'
-        self.image = (conv_encoder(shape, hidden, width) if conv else
+        self.image = (conv_encoder(shape, hidden, width, norm=False) if conv else
                       nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), hidden)))
         self.code = nn.Linear(latent_dim, hidden, bias=False)
         self.joined = nn.Sequential(nn.LeakyReLU(.2), nn.Linear(hidden, features_dim),
