@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
+from .anogan import residual
 from .gan import GAN, cross_entropy_critic
 from .networks import conv_encoder, encoder, generator, resolve_arch
 
@@ -104,8 +105,8 @@ class BiGAN(GAN):
         """Equations (4) and (5): residual, features and sigma of a batch, (b,) each."""
         code = self.code(xb)
         rebuilt, seen = self.nets_.generator(code), self.nets_.critic.features
-        return dict(residual=(xb - rebuilt).abs().flatten(1).sum(1),
-                    features=(seen(xb, code) - seen(rebuilt, code)).abs().sum(1),
+        return dict(residual=residual(xb, rebuilt),
+                    features=residual(seen(xb, code), seen(rebuilt, code)),
                     sigma=F.softplus(-self.critic_output(xb, code)))
 
     def image_score(self, xb):

@@ -3,6 +3,7 @@
     d = ready(GAN(epochs=0).fit(X))               # optimizers anew, for steps of single players
     moved(d, 'critic', d.critic_loss, XB, 30)     # names of the networks that 30 steps change
     altered(GAN, 'critic_loss', without('fake'))  # a class whose loss has lost a term"""
+import numpy as np
 import torch
 
 from ad_course.detector import _Progress, isolated
@@ -33,6 +34,18 @@ def altered(cls, hook, change, name=None):
     def loss(self, xb): return change(getattr(cls, hook)(self, xb))
     loss.__name__ = hook
     return type(name or f'{cls.__name__}_{hook}', (cls,), {hook: loss})
+
+
+SHAPES = (1, 1), (2, 9), (3, 5), (28, 28), (33, 32)      # images that a game must fit
+
+
+def check_any_image(cls, shape, **params):
+    """Both kinds of networks rebuild, encode and score color images of this shape."""
+    x = np.random.default_rng(0).random((5, 3, *shape), dtype='float32')
+    for arch in ('mlp', 'conv'):
+        d = cls(**params, arch=arch, epochs=1, batch_size=4).fit(x)
+        assert d.reconstruct(x).shape == x.shape and d.encode(x).shape == (5, 3), arch
+        assert np.isfinite(d.decision_function(x)).all(), arch
 
 
 def without(term):
