@@ -20,7 +20,7 @@ setup(
     long_description_content_type='text/markdown',
     packages=find_packages(include=[name, f'{name}.*']), include_package_data=True, zip_safe=False,
     python_requires=f">={cfg['min_python']}", install_requires=words('requirements'),
-    extras_require={extra: words(f'{extra}_requirements') for extra in ('dev', 'peers', 'browser')},
+    extras_require={extra: words(f'{extra}_requirements') for extra in ('dev', 'backbones', 'peers', 'browser')},
     entry_points={'nbdev': [f'{name}={name}._modidx:d']},
     classifiers=[
         'Development Status :: 3 - Alpha',

