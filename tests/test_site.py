@@ -23,22 +23,19 @@ from .project import QUIET, ROOT, Notebook, environment, notebooks, settings, wr
 NBS = ROOT/settings()['nbs_path']
 NOTEBOOKS = notebooks()
 each_notebook = pytest.mark.parametrize('notebook', NOTEBOOKS, ids=str)
+# One after another in one process: it imports the large libraries once.
 PROCESS = '''
 from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
-if __name__ == '__main__':
-    refresh_quarto_yml()
-    proc_nbs(n_workers=2, force=True)
+refresh_quarto_yml()
+proc_nbs(n_workers=0, force=True)
 '''
 
 
 def process(copy):
     """What nbdev does before it calls Quarto; the folder of processed pages."""
-    # A file: the workers are spawned and read it again. It lies outside what nbdev looks at.
-    script = copy.parent/'process.py'
-    script.write_text(PROCESS, encoding='utf8')
     quiet = dict(QUIET, PYTHONWARNINGS='ignore::DeprecationWarning')
-    done = subprocess.run([sys.executable, str(script)], cwd=copy, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, '-c', PROCESS], cwd=copy, capture_output=True, text=True,
                           encoding='utf8', errors='replace',
                           env=environment(**quiet, PYTHONPATH=str(copy)))
     why = f'the notebooks cannot be processed for the site:\n{done.stderr[-4000:]}'
