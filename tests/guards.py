@@ -33,23 +33,23 @@ def bases(definition):
     return [b.attr if isinstance(b, ast.Attribute) else getattr(b, 'id', '') for b in plain]
 
 
-def used_alone(trees, name):
-    """How often a class is named outside its own definition and not as a base."""
-    count = 0
+def used_alone(trees):
+    """The names that are used, not as a base; a class counts outside its own definition."""
+    found = set()
     for statement in (s for tree in trees for s in tree.body):
-        if isinstance(statement, ast.ClassDef) and statement.name == name: continue
         nodes = list(ast.walk(statement))
         as_base = {id(b) for d in nodes if isinstance(d, ast.ClassDef) for b in d.bases}
-        for node in nodes:
-            if id(node) in as_base or not isinstance(node, (ast.Name, ast.Attribute)): continue
-            count += name == (node.id if isinstance(node, ast.Name) else node.attr)
-    return count
+        named = [n for n in nodes if isinstance(n, (ast.Name, ast.Attribute))]
+        names = {getattr(n, 'id', None) or n.attr for n in named if id(n) not in as_base}
+        found |= names - {statement.name if isinstance(statement, ast.ClassDef) else None}
+    return found
 
 
 def never_at_work(exported, cells):
     """The public classes of the exported cells that no cell uses on their own."""
     public = [name for name in classes(exported) if not name.startswith('_')]
-    return [name for name in public if not used_alone(cells, name)]
+    used = used_alone(cells)
+    return [name for name in public if name not in used]
 
 
 def slices(defined, everywhere):
@@ -59,7 +59,8 @@ def slices(defined, everywhere):
     all_of = [s for tree in defined for s in tree.body if isinstance(s, ast.ClassDef)]
     below = Counter(base for definition in all_of for base in bases(definition))
     public = [c.name for c in all_of if not c.name.startswith('_')]
-    return [name for name in public if below[name] == 1 and not used_alone(everywhere, name)]
+    used = used_alone(everywhere)
+    return [name for name in public if below[name] == 1 and name not in used]
 
 
 def without_words_of_their_own(tree, hooks=HOOKS):
@@ -194,5 +195,7 @@ OLD_WORDS = {
 
 def old_words(tree, module, table=OLD_WORDS):
     """The words of a tree that have been replaced, each with what to write."""
-    return {f'{mark}: write {new}' for mark in marks(tree) for old, new in table.items()
+    any_old = '|'.join(f'(?:{old})' for old in table)   # one search for a mark that is not old
+    return {f'{mark}: write {new}' for mark in marks(tree)
+            if re.fullmatch(any_old, f'{module}: {mark}') for old, new in table.items()
             if re.fullmatch(old, f'{module}: {mark}')}

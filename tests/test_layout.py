@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,7 @@ def sources():
     return texts
 
 
+@lru_cache
 def trees():
     """Name -> (module, syntax trees) of each notebook and each file of tests."""
     found = {n.name: (n.module or n.stem, [c.tree for c in n.code_cells]) for n in NOTEBOOKS}
