@@ -307,7 +307,7 @@ def one_class(x, kinds, *, normal=None, anomalous=None, x_test=None, kinds_test=
     reserve: the share of the anomalies (of the training side, where there is one) to set aside,
     at most `max_reserve`.
     groups: `(n,)`, images of one group (one object, one patient) stay on one side of a seeded
-    split; default: equal pixels.
+    split, its normal images where its anomalies are; default: equal pixels.
     Raises ValueError for unknown kinds, for arguments that do not fit together, and where a side
     would be empty."""
     x, kinds, rng = as_images(x), _names(kinds), np.random.default_rng([seed, 1])
@@ -318,12 +318,16 @@ def one_class(x, kinds, *, normal=None, anomalous=None, x_test=None, kinds_test=
         raise ValueError(f'max_reserve must be a whole number, 0 or more; got {max_reserve}')
     _check_one_each(x, kinds=kinds)
     anomaly, words = _anomalous(kinds, normal, anomalous)
-    groups = digests(x) if groups is None else np.asarray(groups)
+    tied = groups is not None
+    groups = np.asarray(groups) if tied else digests(x)
     _check_one_each(x, groups=groups)
     aside, others = _share(np.flatnonzero(anomaly), reserve, groups, rng)
     train = np.flatnonzero(~anomaly)
     if x_test is None:
-        held, train = _share(train, test_fraction, groups, rng)
+        bound = train[np.isin(groups[train], groups[anomaly])] if tied else train[:0]
+        held, train = _share(np.setdiff1d(train, bound), test_fraction, groups, rng)
+        tested = np.isin(groups[bound], groups[others])
+        held, train = np.append(held, bound[tested]), np.sort(np.append(train, bound[~tested]))
         test = np.sort(np.concatenate([held, others]))
         x_test, kinds_test, test_anomaly = x[test], kinds[test], anomaly[test]
         split = f'{test_fraction:g} of the normal images held out'
@@ -417,9 +421,12 @@ def label_anomalies(task, k, kinds=None, seed=0):
     kinds: one or several, default all; they share `k` as evenly as the reserve allows.
     Raises ValueError for kinds that are not in the reserve, and where it holds too few."""
     offered = np.unique(task.kinds_reserve).tolist()
+    if not offered:
+        hint = 'load the set with reserve= or reserve_per_kind='
+        raise ValueError(f'task must have a reserve of anomalies to label; got none: {hint}')
     kinds = offered if kinds is None else [_name(i) for i in _several(kinds)]
     if lost := [i for i in kinds if i not in offered]:
-        known = ', '.join(offered) or 'none'
+        known = ', '.join(offered)
         raise ValueError(f'kinds must be in the reserve, which offers {known}; got {lost[0]!r}')
     order = np.random.default_rng([seed, 4]).permutation(len(task.x_reserve))
     order = order[np.isin(task.kinds_reserve[order], kinds)]        # (r,)

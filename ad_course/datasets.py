@@ -326,17 +326,23 @@ def read_image(source, size=None, channels=3, name=None):
     channels: 1 or 3.  name: what to call the file in messages.
     Raises FileNotFoundError, or ValueError for what is no image, too big for Pillow, or holds more
     than 8 bits a channel, than one page, or transparent pixels."""
-    name = name or source
+    return _pixels(_picture(source, channels, name or source), size)
+
+def _picture(source, channels, name):
+    """A picture of `channels`, gray or RGB, of which no part is cut off unseen."""
     _check_channels(channels)
     picture, _ = _upright(source, name)
     if picture.mode not in _EIGHT_BITS:
         raise _cut_off(name, 'have 8 bits a channel', f'mode {picture.mode}')
     if picture.has_transparency_data and not _opaque(picture):
         raise _cut_off(name, 'be opaque', 'transparent pixels')
-    picture = picture.convert('L' if channels == 1 else 'RGB')
+    return picture.convert('L' if channels == 1 else 'RGB')
+
+def _pixels(picture, size):
+    """A gray or RGB picture as `(c, h, w)` uint8, resized unless `size` is None."""
     if size is not None: picture = picture.resize(_size(size)[::-1], Image.BILINEAR)
     x = np.asarray(picture)
-    return x[None] if channels == 1 else np.moveaxis(x, -1, 0)                  # (c, h, w)
+    return x[None] if x.ndim == 2 else np.moveaxis(x, -1, 0)                    # (c, h, w)
 
 _EIGHT_BITS = '1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'CMYK', 'YCbCr'
 
@@ -403,11 +409,14 @@ def read_mask(source, size=None, name=None, above=None):
     gray = _paint(picture, name)
     if above is None: above = gray.max() / 2 if form in _LOSSY else 0
     full = gray > above
-    if size is None: return full, full.shape
+    return full if size is None else _small_mask(full, size), full.shape
+
+def _small_mask(full, size):
+    """A mask `(h, w)` bool resized; no defect is lost."""
     picture = Image.fromarray(full.astype(np.uint8) * 255)
     small = lambda how: np.asarray(picture.resize(_size(size)[::-1], how)) > 0
     mask = small(Image.NEAREST)
-    return (small(Image.BOX) if full.any() and not mask.any() else mask), full.shape
+    return small(Image.BOX) if full.any() and not mask.any() else mask
 
 _LOSSY = 'JPEG', 'MPO', 'WEBP', 'AVIF', 'JPEG2000'
 
@@ -664,13 +673,17 @@ def _mask_of(image, base, at):
 def _own_mask(image, path, size, kind):
     """The mask of an image, `(h, w)` bool: of the image's size, and painted on a defect only."""
     (mask, shape), (_, expected) = read_mask(path, size), _header(image)
-    if shape != expected:
-        like = f'{expected} (h, w), like its image {image}'
-        raise ValueError(f'the mask {path} must be {like}; got {shape}')
+    _check_mask(path, shape, image, expected)
     if mask.any() == (kind == 'normal'):
         rule = 'be empty' if mask.any() else 'mark a pixel, or both be removed'
         raise ValueError(f'the mask {path} must {rule}, as {image} is {kind}; got {mask.sum()}')
     return mask
+
+def _check_mask(path, shape, image, expected):
+    """Raises ValueError for a mask whose (h, w) is not that of its image."""
+    if shape != expected:
+        like = f'{expected} (h, w), like its image {image}'
+        raise ValueError(f'the mask {path} must be {like}; got {shape}')
 
 # %% ../nbs/0_foundations/01b_datasets.ipynb #8cf07777
 def mvtec(category, *, size=256, root=None, channels=None, reserve_per_kind=0, seed=0):
@@ -803,10 +816,15 @@ def magnetic_tile(path=None, *, size=128, test_fraction=.3, reserve=.2, seed=0):
     keep = np.flatnonzero(~unmarked)
     task = one_class(x[keep], kinds[keep], normal='Free', test_fraction=test_fraction,
                      reserve=reserve, seed=seed, groups=_tiles(files)[keep], name='magnetic tiles')
-    place = {d: i for i, d in zip(keep, digests(x[keep]))}
-    words = (f'{task.protocol}; all exposures of one tile on one side; '
-             f'images resized to {"x".join(map(str, _size(size)))}; '
-             f'{unmarked.sum()} defects with an empty mask left out')
+    return _with_masks(task, x[keep], masks[keep], 'all exposures of one tile on one side', size,
+                       f'{unmarked.sum()} defects with an empty mask left out')
+
+def _with_masks(task, x, masks, split, size, more=''):
+    """A task of some of the images `x` with their masks `(n, h, w)` or None, and more words."""
+    shape = f'images resized to {"x".join(map(str, _size(size)))}'
+    words = '; '.join(w for w in (task.protocol, split, shape, more) if w)
+    if masks is None: return replace(task, protocol=words)
+    place = {d: i for i, d in enumerate(digests(x))}
     return replace(task, protocol=words, masks_test=masks[[place[d] for d in digests(task.x_test)]])
 
 # %% ../nbs/0_foundations/01b_datasets.ipynb #c502629e

@@ -270,6 +270,20 @@ def test_groups_never_come_apart(size, seed):
     assert not a & b and not a & c and not b & c
 
 
+@quick
+@given(size=st.integers(1, 8), seed=st.integers(0, 50), reserve=st.sampled_from([0., .3, 1.]))
+def test_an_object_with_good_and_bad_images_stays_together(size, seed, reserve):
+    x, kind = toy(80, 4, seed)                      # a kind has nothing to do with its group
+    group = np.random.default_rng(seed).permutation(80) // size
+    try: t = one_class(x, kind, normal=[0, 1, 2], groups=group, seed=seed, reserve=reserve)
+    except ValueError as e:
+        assert 'left to train on' in str(e)
+        return
+    where = {i.tobytes(): g for i, g in zip(as_images(x), group)}
+    a, b, c = ({where[i.tobytes()] for i in part} for part in (t.x_train, t.x_test, t.x_reserve))
+    assert not (a | c) & b and len(t.x_train) + len(t.x_test) + len(t.x_reserve) == 80
+
+
 @pytest.mark.parametrize('call, words', [
     (lambda x, k: one_class(x, k), 'exactly one .*got neither'),
     (lambda x, k: one_class(x, k, normal=0, anomalous=1), 'exactly one .*got both'),
@@ -368,7 +382,8 @@ def test_label_errors():
     for k in (0, -1, 1000, 1.5):
         with pytest.raises(ValueError, match=f'what the reserve holds .*got {k}'):
             label_anomalies(t, k)
-    with pytest.raises(ValueError, match='k must be from 1 to 0'): label_anomalies(small_task(), 1)
+    with pytest.raises(ValueError, match='must have a reserve .*got none: load .*reserve_per_kind='):
+        label_anomalies(small_task(), 1)
 
 
 @pytest.mark.parametrize('share, times', [(.5, 5), (.2, 1), (.75, 15), (.01, 1)])

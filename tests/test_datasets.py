@@ -840,3 +840,7 @@ def test_real_magnetic_tile():
     assert t.y_test.sum() + len(t.x_reserve) == 274
     assert '3 defects with an empty mask' in t.protocol
     assert t.masks_test[t.y_test == 1].any((1, 2)).all()
+    files, _, x, _ = datasets._read_tiles(REAL / 'magnetic_tile_dev.zip', 32)
+    tile = dict(zip((i.tobytes() for i in x), datasets._tiles(files)))
+    learned, tested = ({tile[i.tobytes()] for i in s} for s in (t.x_train, t.x_test))
+    assert not learned & tested, 'eleven groups of frames hold good and bad photographs'
