@@ -382,7 +382,7 @@ def test_label_errors():
     for k in (0, -1, 1000, 1.5):
         with pytest.raises(ValueError, match=f'what the reserve holds .*got {k}'):
             label_anomalies(t, k)
-    with pytest.raises(ValueError, match='must have a reserve .*got none: load .*reserve_per_kind='):
+    with pytest.raises(ValueError, match='must have a reserve .*got none: load .*per_kind='):
         label_anomalies(small_task(), 1)
 
 
