@@ -41,6 +41,9 @@ class PairCritic(nn.Module):
 
     def features(self, x, z):
         """The last hidden layer: (b, c, h, w), (b, latent_dim) -> (b, features_dim)."""
+        if z.shape != (len(x), self.code.in_features):
+            raise ValueError(f'codes must be ({len(x)}, {self.code.in_features}), one for each '
+                             f'image; got {tuple(z.shape)}')
         return self.joined(self.image(x) + self.code(z))
 
     def forward(self, x, z): return self.head(self.features(x, z))[:, 0]
@@ -54,7 +57,8 @@ class BiGAN(GAN):
     """
     acts_with = dict(n_draws=None)   # the encoder finds the code: nothing is searched
     batch_size: int = 32
-    critic_lr: float = 3e-3          # three times that of the others: see what a weak critic does
+    critic_lr: float = 3e-3          # three times that of the others: see what a slow critic does
+    n_draws: int = 1000              # of a GAN; it does nothing here, where nothing is searched
     alpha: float = .9                # share of the residual in the score
     critic_term: str = 'sigma'       # the other share, (5): 'sigma' or 'features' (matching)
 
@@ -77,7 +81,13 @@ class BiGAN(GAN):
         return dict(critic=self.adam('critic', lr=self.critic_lr, betas=betas), generator=generator)
 
     def generate_bank(self):
-        """Nothing: no search."""
+        """Nothing: no search. A word where a number of draws was asked for."""
+        if self.n_draws != BiGAN.n_draws: self.tell('n_draws does nothing: no search')
+
+    def nearest(self, xb):
+        """NotImplementedError: the code comes from the encoder."""
+        raise NotImplementedError(f'{type(self).__name__} has no generated images to search: its '
+                                  'encoder knows the code; call encode')
 
     def code(self, xb): return self.nets_.encoder(xb)                            # (b, latent_dim)
     def reconstruction(self, xb): return self.nets_.generator(self.code(xb))     # (b, c, h, w)

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ad_course.bigan import BiGAN, PairCritic, fooling_pairs
+from ad_course.data import digits
 from ad_course.detector import isolated, load, total_loss
 from ad_course.networks import encoder, generator
 
@@ -134,6 +135,37 @@ def check_pairs(cls):
         assert not torch.equal(z, d.fake_pairs(4000)[1]), 'noise is not fresh'
     assert z.shape == (4000, 3) and z.mean(0).abs().max() < .08, 'mean of the prior'
     assert (z.std(0) - 1).abs().max() < .05, 'spread of the prior'
+
+
+def states(d):
+    """Name of each network -> all its numbers, statistics of batches included."""
+    as_row = lambda net: torch.cat([v.flatten().double() for v in net.state_dict().values()])
+    return {name: as_row(net) for name, net in d.nets_.items()}
+
+
+class Watched(BiGAN):
+    """Notes, for every move of a whole training, which networks have changed."""
+    def descend(self, player, loss, xb, *yb):
+        before = states(self)
+        terms, after = super().descend(player, loss, xb, *yb), states(self)
+        self.seen.add((player, *(n for n in after if not torch.equal(after[n], before[n]))))
+        return terms
+
+
+@pytest.mark.parametrize('arch', ('mlp', 'conv'))
+def test_who_moves_whom_on_digits_and_scoring_moves_nothing(arch):
+    three = digits(normal=3)
+    watched = Watched(epochs=1, arch=arch, verbose=False)
+    watched.seen = set()
+    watched.fit(three.x_train[:64])
+    assert watched.seen == {('critic', 'critic'), ('generator', 'encoder', 'generator')}
+    frozen = states(watched)
+    watched.nets_.train()                                # as if somebody had forgotten
+    scores = watched.decision_function(three.x_test)
+    assert np.array_equal(watched.decision_function(three.x_test), scores)
+    one_by_one = [watched.decision_function(three.x_test[i:i + 1])[0] for i in range(5)]
+    assert np.allclose(one_by_one, scores[:5], rtol=1e-4)
+    assert all(torch.equal(v, frozen[k]) for k, v in states(watched).items())
 
 
 def norms(net): return [m for m in net.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
@@ -438,8 +470,23 @@ def test_nothing_is_searched():
     assert np.array_equal(*scores)
     d = BiGAN(**SMALL, epochs=1).fit(X)
     assert not hasattr(d, 'bank_') and d.sample(3).shape == (3, 1, 4, 4)
-    with pytest.raises(NotImplementedError, match='BiGAN has no generated images .* encode'):
+    with pytest.raises(NotImplementedError, match='BiGAN has no generated images .* encode') as e:
         d.nearest(torch.tensor(X))
+    assert 'fit' not in str(e.value), 'it is fitted'
+
+
+def test_a_number_of_draws_is_not_ignored_silently(recwarn):
+    BiGAN(**SMALL, epochs=1).fit(X)
+    assert not recwarn, 'a word where nothing was asked for'
+    with pytest.warns(UserWarning, match='n_draws does nothing'):
+        BiGAN(**SMALL, epochs=1, n_draws=5).fit(X)
+
+
+@pytest.mark.parametrize('code', (torch.zeros(40, 5), torch.zeros(3, 3), torch.zeros(40)))
+def test_a_code_of_the_wrong_size_is_named(code):
+    d = BiGAN(**SMALL, epochs=1).fit(X)
+    with pytest.raises(ValueError, match=r'codes must be \(40, 3\), one for each image; got'):
+        d.critic_output(XB, code)
 
 
 def test_rates_and_memory_reach_the_optimizers():
