@@ -246,8 +246,9 @@ class _Settings(BaseEstimator, metaclass=_Readable):
         """Mixed precision for a training step, where it is wanted."""
         kind = self.torch_device().type
         wanted = dict(bfloat16=True, float32=False, auto=kind == 'cuda')[self.precision]
+        if not wanted: return contextlib.nullcontext()   # `isolated` has ended any other
         # without a cache: nested in another autocast, it would keep old weights
-        return torch.autocast(kind, torch.bfloat16, enabled=wanted, cache_enabled=False)
+        return torch.autocast(kind, torch.bfloat16, cache_enabled=False)
 
     def rng(self):
         """A fresh torch.Generator from the seed: for draws that are the same at every call."""

@@ -127,9 +127,10 @@ class GAN(Reconstructor):
 
     def nearest(self, xb):
         """Which of the generated images is nearest to each image of a batch: (b,)."""
+        if not hasattr(self, 'nets_'): raise NotFittedError('call fit(x) before nearest')
         if not hasattr(self, 'bank_'):
-            raise NotImplementedError(f'{type(self).__name__} has no generated images to search: '
-                                      'call fit, or, where an encoder knows the code, encode')
+            raise NotImplementedError(f'{type(self).__name__} has no generated images to search; '
+                                      'where an encoder knows the code, encode')
         return torch.cdist(xb.flatten(1), self.bank_.flatten(1)).argmin(1)
 
     def code(self, xb): return self.codes_[self.nearest(xb)]             # (b, latent_dim)

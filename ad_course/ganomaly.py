@@ -56,10 +56,9 @@ class GANomaly(Reconstructor):
     def check_params(self):
         super().check_params()
         self.require_whole('code_dim', 'width', least=1)
-        weights = 'adversarial_weight', 'contextual_weight', 'encoder_weight'
-        self.require_number(*weights, least=0)
-        some = any(getattr(self, name) for name in weights)
-        self.require(some, weights[0], 'above 0 where the other weights are 0')
+        self.require_number('adversarial_weight', 'contextual_weight', 'encoder_weight', least=0)
+        self.require(self.encoder_weight, 'encoder_weight',
+                     'above 0, or nothing teaches the second encoder, which the score asks')
         self.require_choice('score_power', (1, 2))
         self.require_number('critic_lr', above=0)
         self.require_number('beta1', least=0, below=1)
@@ -71,10 +70,10 @@ class GANomaly(Reconstructor):
                     second_encoder=encoder(**halves), critic=Critic(norm=None, **sizes))
 
     def optimizers(self):
-        """An Adam for each player; encoder, decoder and second encoder are one."""
-        betas = float(self.beta1), .999
-        generator = self.adam('encoder', 'decoder', 'second_encoder', betas=betas)
-        return dict(critic=self.adam('critic', lr=self.critic_lr, betas=betas), generator=generator)
+        """An Adam for each player; the generator is all networks but the critic."""
+        betas, others = (float(self.beta1), .999), [name for name in self.nets_ if name != 'critic']
+        return dict(critic=self.adam('critic', lr=self.critic_lr, betas=betas),
+                    generator=self.adam(*others, betas=betas))
 
     def turns(self):
         """On each batch: tell images from rebuilt ones, then equation (4)."""
@@ -82,23 +81,45 @@ class GANomaly(Reconstructor):
 
     def critic_loss(self, xb):
         """Cross-entropy of the critic, the rebuilt images being fake: terms (b,)."""
-        with torch.no_grad(): fake = self.reconstruction(xb)      # nobody but the critic moves
+        _, rebuilt = self.passage(xb)
+        fake = rebuilt.detach()                             # nobody but the critic moves
         return cross_entropy_critic(*(self.nets_.critic(x).float() for x in (xb, fake)))
 
     def generator_loss(self, xb):
         """The three terms of equation (4), weighted: (b,) each."""
-        code = self.code(xb)
-        rebuilt, seen = self.nets_.decoder(code), self.nets_.critic.features
-        again = self.nets_.second_encoder(rebuilt)
+        (code, rebuilt), see = self.passage(xb), self.nets_.critic.features
+        with torch.no_grad(): seen = see(xb)                # the images do not move
+        again = self.second_code(rebuilt)
         return dict(
-            adversarial=self.adversarial_weight * feature_matching(seen(xb), seen(rebuilt)),
+            adversarial=self.adversarial_weight * feature_matching(seen, see(rebuilt)),
             contextual=self.contextual_weight * contextual(xb, rebuilt),
             encoder=self.encoder_weight * latent_difference(code, again, 2))
 
-    def second_code(self, xb):
-        """Codes of the reconstructions, by the second encoder: (b, code_dim)."""
-        return self.nets_.second_encoder(self.reconstruction(xb))
+    def second_code(self, rebuilt):
+        """Codes of rebuilt images, by the second encoder: (b, code_dim)."""
+        return self.nets_.second_encoder(rebuilt)
 
     def image_score(self, xb):
         """Equation (5), (b,), as a mean over the numbers of the code."""
-        return latent_difference(self.code(xb), self.second_code(xb), self.score_power)
+        code, rebuilt = self.passage(xb)
+        return latent_difference(code, self.second_code(rebuilt), self.score_power)
+
+    passed = None                      # during a step: the batch, and its passage
+
+    def passage(self, xb):
+        """Code (b, code_dim) and reconstruction (b, c, h, w) of a batch."""
+        if self.passed and self.passed[0] is xb: return self.passed[1]
+        code = self.code(xb)
+        return code, self.nets_.decoder(code)
+
+    def step(self, xb, *yb):
+        """One batch. It passes encoder and decoder once, and both players' losses look at that."""
+        with self.autocast(): self.passed = xb, self.passage(xb)
+        try: return super().step(xb, *yb)
+        finally: del self.passed
+
+    def descend(self, player, loss, xb, *yb):
+        """One move. Once it was the generator's, what had passed is out of date."""
+        terms = super().descend(player, loss, xb, *yb)
+        if player != 'critic': self.passed = None
+        return terms

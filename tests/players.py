@@ -4,6 +4,7 @@
     moved(d, 'critic', d.critic_loss, XB, 30)     # names of the networks that 30 steps change
     altered(GAN, 'critic_loss', without('fake'))  # a class whose loss has lost a term"""
 import numpy as np
+import pytest
 import torch
 
 from ad_course.detector import _Progress, isolated
@@ -46,6 +47,19 @@ def check_any_image(cls, shape, **params):
         d = cls(**params, arch=arch, epochs=1, batch_size=4).fit(x)
         assert d.reconstruct(x).shape == x.shape and d.encode(x).shape == (5, 3), arch
         assert np.isfinite(d.decision_function(x)).all(), arch
+
+
+def check_refused(cls, message, error=ValueError, **params):
+    """`fit` ends in an error that says so, and leaves nothing behind."""
+    d = cls(**params)
+    with pytest.raises(error, match=message):
+        d.fit(np.random.default_rng(0).random((40, 1, 4, 4), dtype='float32'))
+    assert not [name for name in vars(d) if name.endswith('_')]
+
+
+def check_explosion(cls, message, **params):
+    """A game that explodes names player, term, epoch and rates."""
+    check_refused(cls, message, FloatingPointError, **params, epochs=3, batch_size=8)
 
 
 def without(term):

@@ -11,7 +11,7 @@ from ad_course.networks import encoder
 from ad_course.wgan import WGANGP
 
 from .mutants import assert_caught, changed, each_mutant
-from .players import SHAPES, check_any_image, moved, ready
+from .players import SHAPES, check_any_image, check_explosion, check_refused, moved, ready
 
 X = np.random.default_rng(0).random((40, 1, 4, 4), dtype='float32')
 X8 = np.random.default_rng(1).random((24, 1, 8, 8), dtype='float32')
@@ -479,12 +479,12 @@ def test_there_are_no_images_to_search():
     (dict(feature_weight=-1), 'feature_weight must be a number, at least 0; got -1'),
     (dict(feature_weight=float('nan')), 'feature_weight'), (dict(latent_dim=0), 'latent_dim')])
 def test_wrong_settings_are_named(params, message):
-    with pytest.raises(ValueError, match=message): FAnoGAN(**SMALL | params).fit(X)
+    check_refused(FAnoGAN, message, **SMALL | params)
 
 
 def test_an_exploding_encoder_names_term_epoch_and_rates():
-    with pytest.raises(FloatingPointError, match="'encoder/.*encoder_lr=1e\\+30"):
-        FAnoGAN(**SMALL, encoder_lr=1e30, epochs=5, encoder_loss='ziz', batch_size=8).fit(X)
+    check_explosion(FAnoGAN, "'encoder/.*encoder_lr=1e\\+30", **SMALL, encoder_lr=1e30,
+                    encoder_loss='ziz')
 
 
 @pytest.mark.parametrize('shape', SHAPES)

@@ -1,7 +1,10 @@
 """GANomaly: the three losses, the score, who moves whom, the two codes; mutants of each."""
+import pickle
+
 import numpy as np
 import pytest
 import torch
+from sklearn.base import clone
 from torch import nn
 from torch.nn import functional as F
 
@@ -10,7 +13,8 @@ from ad_course.ganomaly import GANomaly, contextual, feature_matching, latent_di
 from ad_course.networks import Critic
 
 from .mutants import assert_caught, each_mutant
-from .players import SHAPES, altered, check_any_image, moved, ready, weights, without
+from .players import (SHAPES, altered, check_any_image, check_explosion, check_refused, moved,
+                      ready, weights, without)
 
 X = np.random.default_rng(0).random((40, 1, 4, 4), dtype='float32')
 XB = torch.tensor(X)
@@ -121,8 +125,10 @@ def check_players(cls):
     before = residual(d); moved(d, 'generator', d.generator_loss, XB, 100)
     assert residual(d) < .95 * before, 'the images do not come together'
     d = raw(cls, adversarial_weight=0., contextual_weight=0.)
+    @torch.no_grad()
     def apart():
-        with torch.no_grad(): return float((d.code(XB) - d.second_code(XB)).square().mean())
+        code, rebuilt = d.passage(XB)
+        return float((code - d.second_code(rebuilt)).square().mean())
     before = apart(); moved(d, 'generator', d.generator_loss, XB, 30)
     assert apart() < .7 * before, 'the codes do not come together'
 
@@ -146,7 +152,8 @@ def check_score(cls):
         assert np.allclose(score, expected, atol=1e-5), f'score of power {power}'
     d = shown(cls)
     assert np.allclose(d.encode(PIXELS), code, atol=1e-6), 'code'
-    assert np.allclose(d.for_each(d.second_code, PIXELS), again, atol=1e-5), 'second code'
+    second = lambda xb: d.second_code(d.reconstruction(xb))
+    assert np.allclose(d.for_each(second, PIXELS), again, atol=1e-5), 'second code'
     residual = (PIXELS - rebuilt.reshape(6, 1, 1, 3)).square().sum(1)
     assert np.allclose(d.anomaly_map(PIXELS), residual, atol=1e-5), 'map'
 
@@ -221,17 +228,15 @@ class SquaredPixels(GANomaly):
 
 class OfTheImage(GANomaly):
     """The second encoder reads the image, not what was rebuilt."""
-    def second_code(self, xb): return self.nets_.second_encoder(xb)
     def generator_loss(self, xb):
         again = latent_difference(self.code(xb), self.second_code(xb), 2) * self.encoder_weight
         return super().generator_loss(xb) | dict(encoder=again)
+    def image_score(self, xb):
+        return latent_difference(self.code(xb), self.second_code(xb), self.score_power)
 
 class FirstTwice(GANomaly):
     """The first encoder reads what was rebuilt, too."""
-    def second_code(self, xb): return self.nets_.encoder(self.reconstruction(xb))
-    def generator_loss(self, xb):
-        again = latent_difference(self.code(xb), self.second_code(xb), 2) * self.encoder_weight
-        return super().generator_loss(xb) | dict(encoder=again)
+    def second_code(self, rebuilt): return self.nets_.encoder(rebuilt)
 
 class FixedCode(GANomaly):
     """The encoder loss does not reach the first encoder."""
@@ -281,7 +286,9 @@ class Negated(GANomaly):
     def image_score(self, xb): return -super().image_score(xb)
 
 class AlwaysSquares(GANomaly):
-    def image_score(self, xb): return latent_difference(self.code(xb), self.second_code(xb), 2)
+    def image_score(self, xb):
+        code, rebuilt = self.passage(xb)
+        return latent_difference(code, self.second_code(rebuilt), 2)
 
 class TrainMode(GANomaly):
     """Nobody calls eval() before scoring."""
@@ -372,14 +379,14 @@ def test_rates_and_memory_reach_the_optimizers():
     (dict(score_power=1.), 'score_power'), (dict(beta1=1.), 'beta1'),
     (dict(critic_lr=0), 'critic_lr'),
     (dict(adversarial_weight=-1), 'adversarial_weight'), (dict(contextual_weight=-1), 'contextual'),
-    (dict(encoder_weight=float('nan')), 'encoder_weight'), (dict(arch='cnn'), 'arch')])
+    (dict(encoder_weight=float('nan')), 'encoder_weight'), (dict(arch='cnn'), 'arch'),
+    (dict(encoder_weight=0), 'encoder_weight must be above 0, or nothing teaches the second .* 0')])
 def test_wrong_settings_are_named(params, message):
-    with pytest.raises(ValueError, match=message): GANomaly(**SMALL | params).fit(X)
+    check_refused(GANomaly, message, **SMALL | params)
 
 
 def test_an_exploding_game_names_player_term_epoch_and_rates():
-    with pytest.raises(FloatingPointError, match="'critic/real'.*epoch 1.*lr=1e\\+30"):
-        GANomaly(**SMALL, lr=1e30, epochs=3, batch_size=8).fit(X)
+    check_explosion(GANomaly, "'critic/real'.*epoch 1.*lr=1e\\+30", **SMALL, lr=1e30)
 
 
 @pytest.mark.parametrize('shape', SHAPES)
@@ -438,7 +445,109 @@ def test_images_and_rebuilt_ones_pass_the_critic_apart():
 def test_defaults_and_what_is_refused():
     assert GANomaly().score_power == 1 and GANomaly.loss_falls is False
     assert contextual(torch.ones(1, 3, 1, 2), torch.zeros(1, 3, 1, 2)).item() == 1
-    silent = dict.fromkeys(('adversarial_weight', 'contextual_weight', 'encoder_weight'), 0.)
+    silent = dict.fromkeys(('encoder_weight', 'adversarial_weight', 'contextual_weight'), 0.)
     for wrong in (dict(lr=-1.), silent):
         with pytest.raises(ValueError, match=f'GANomaly: {[*wrong][0]}'):
             GANomaly(epochs=0, verbose=False, **wrong).fit(X8)
+
+
+# ---------------------------------------------------------------- one passage for both players
+class EachAnew(GANomaly):
+    """The same game, in which each loss rebuilds the batch."""
+    def passage(self, xb):
+        code = self.code(xb)
+        return code, self.nets_.decoder(code)
+    def step(self, xb, *yb): return super(GANomaly, self).step(xb, *yb)
+
+class OutOfDate(GANomaly):
+    """What has passed is kept when the generator has moved."""
+    def descend(self, player, loss, xb, *yb):
+        return super(GANomaly, self).descend(player, loss, xb, *yb)
+
+ORDERS = dict(default='cg', repeated='ccgcg', first='gc', patient='c' * 5 + 'g')
+
+
+def in_order(cls, order):
+    """The class with other turns on each batch: c and g."""
+    def turns(self):
+        """In that order."""
+        both = dict(c=('critic', self.critic_loss), g=('generator', self.generator_loss))
+        return [both[player] for player in order]
+    return type(cls.__name__, (cls,), dict(turns=turns))
+
+
+def check_shared(cls, order, **params):
+    """Not a bit differs from a game in which each loss rebuilds the batch, statistics included."""
+    a, b = (in_order(c, order)(**SMALL | dict(epochs=2, batch_size=8) | params).fit(X8)
+            for c in (cls, EachAnew))
+    for (name, v), w in zip(a.nets_.state_dict().items(), b.nets_.state_dict().values()):
+        assert torch.equal(v, w), f'{name} differs'
+    assert a.history_.keys() == b.history_.keys(), 'terms'
+    assert all(a.history_[k] == b.history_[k] for k in a.history_ if k != 'seconds'), 'terms'
+
+
+@pytest.mark.parametrize('params', [dict(arch='mlp'), dict(arch='conv'),
+                                    dict(arch='conv', precision='bfloat16')])
+@pytest.mark.parametrize('order', ORDERS.values(), ids=ORDERS)
+def test_a_shared_passage_changes_nothing(order, params): check_shared(GANomaly, order, **params)
+
+
+def test_a_passage_out_of_date_is_caught():
+    assert_caught(lambda cls: check_shared(cls, 'gc'), OutOfDate, 'differs')
+
+
+def test_a_batch_passes_once():
+    """Encoder and decoder are called once a batch, and batch statistics move once."""
+    class Counted(GANomaly):
+        def networks(self, shape):
+            nets = super().networks(shape)
+            for name, net in nets.items(): net.register_forward_hook(self.note(name))
+            return nets
+        def note(self, name): return lambda *_: calls.append(name)
+        def step(self, xb, *yb):
+            calls.clear()
+            terms = super().step(xb, *yb)
+            by_batch.append({name: calls.count(name) for name in GENERATOR})
+            return terms
+    calls, by_batch = [], []
+    d = Counted(**SMALL, arch='conv', epochs=2, batch_size=8).fit(X8)
+    assert by_batch == 6 * [dict.fromkeys(GENERATOR, 1)]
+    moved = {int(v) for name in GENERATOR for k, v in d.nets_[name].state_dict().items()
+             if k.endswith('num_batches_tracked')}
+    assert moved == {6}
+    calls.clear()
+    d.decision_function(X8)
+    assert {name: calls.count(name) for name in GENERATOR} == dict.fromkeys(GENERATOR, 3)
+
+
+def test_nothing_of_a_passage_is_left(tmp_path):
+    """Not after a fit, an interruption, or a step that fails; copies of all kinds still work."""
+    class Interrupted(GANomaly):
+        def generator_loss(self, xb):
+            if len(self.history_.get('seconds', [])) == 2: raise KeyboardInterrupt
+            return super().generator_loss(xb)
+    class Fails(GANomaly):
+        def generator_loss(self, xb): raise ZeroDivisionError
+    for cls in (GANomaly, Interrupted):
+        d = cls(**SMALL, epochs=4, batch_size=8)
+        d.fit(X8, checkpoint=tmp_path/cls.__name__)
+        assert 'passed' not in vars(d) and d.passed is None and len(d.history_['seconds']) >= 2
+    d = GANomaly(**SMALL, epochs=2).fit(X8)
+    again = pickle.loads(pickle.dumps(d))
+    assert np.array_equal(again.decision_function(X8), d.decision_function(X8))
+    assert 'passed' not in clone(d).get_params()
+    d = ready(Fails(**SMALL, epochs=0).fit(X8))
+    d._progress.turns = [(*turn, 1) for turn in d.turns()]
+    with pytest.raises(ZeroDivisionError): d.step(torch.tensor(X8))
+    assert 'passed' not in vars(d)
+
+
+def test_losses_can_be_asked_alone():
+    """Twice the same; that of the critic pulls at nobody else."""
+    d, xb = raw(GANomaly), torch.tensor(X)
+    for loss in (d.critic_loss, d.generator_loss):
+        once, twice = loss(xb), loss(xb)
+        assert all(torch.equal(v, twice[k]) for k, v in once.items())
+    pulled = [*d.nets_.encoder.parameters(), *d.nets_.decoder.parameters()]
+    slopes = torch.autograd.grad(total_loss(d.critic_loss(xb), len(xb)), pulled, allow_unused=True)
+    assert slopes == (None,) * len(pulled)
