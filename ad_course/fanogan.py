@@ -33,7 +33,7 @@ class FAnoGAN(WGANGP):
     encoder_epochs: int | None = None      # of the encoder; None: as many as of the game
     encoder_loss: str = 'izi_f'            # 'ziz', 'izi', 'izi_f': equations (1), (2), (3)
     encoder_lr: float = 1e-3               # learning rate of the encoder
-    feature_weight: float = .01            # kappa of equations (3) and (4); the paper has 1
+    feature_weight: float = .01            # kappa of (3), and of the score (4) under any loss
 
     def check_params(self):
         super().check_params()
@@ -54,6 +54,7 @@ class FAnoGAN(WGANGP):
         """The game; then the encoder, while generator and critic stand still."""
         super().train(data)
         if self.epochs: self.train_encoder(data)
+        elif self.encoder_epochs: self.tell('epochs is 0: without a game no encoder is trained')
 
     def train_encoder(self, data):
         """The second phase. History: 'encoder/code', or 'encoder/image' and 'encoder/features'."""

@@ -402,8 +402,15 @@ def test_three_losses_share_one_game(arch):
 
 
 def test_without_a_game_nothing_is_trained():
-    d = FAnoGAN(**SMALL, epochs=0, encoder_epochs=5).fit(X)
+    with pytest.warns(UserWarning, match='epochs is 0: without a game no encoder is trained'):
+        d = FAnoGAN(**SMALL, epochs=0, encoder_epochs=5).fit(X)
     assert not d.history_ and np.isfinite(d.decision_function(X)).all()
+
+
+def test_an_untrained_detector_and_a_trained_one_say_nothing(recwarn):
+    for params in (dict(epochs=0), dict(epochs=1, encoder_epochs=1)):
+        FAnoGAN(**SMALL, **params, batch_size=10).fit(X)
+    assert not recwarn.list
 
 
 def test_epochs_of_the_encoder():
