@@ -5,21 +5,20 @@
 # %% auto #0
 __all__ = ['AITEX', 'DIOR', 'kolektor_sdd', 'aitex', 'elpv', 'head_ct', 'brain_mri', 'dior_crops']
 
-# %% ../nbs/0_foundations/01c_defects.ipynb #8f491d48
+# %% ../nbs/0_foundations/01c_defects.ipynb #89a749d7
 import csv, re
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 import numpy as np
 from PIL import Image
-from .data import (_anomalous, _assemble, _check_share, _direction, _share, _whole,
-                            digests, one_class)
+from .data import _assemble, _check_share, _direction, _share, _whole, one_class
 from .datasets import (_check_mask, _is_picture, _passed_over, _picture, _pictures,
                                 _pixels, _read_npz, _small_mask, _stand_in, _stand_in_mvtec,
                                 _STAND_IN, _visible, _with_masks, data_root, read_image,
                                 read_mask, smoke)
 
-# %% ../nbs/0_foundations/01c_defects.ipynb #ff8f110c
+# %% ../nbs/0_foundations/01c_defects.ipynb #40650b62
 def _at(path, names, what, help):
     """Where a set lies: `path`, or the first of `names` that exists below `data_root()`."""
     tried = [data_root() / n for n in names] if path is None else [Path(path).expanduser()]
@@ -32,7 +31,7 @@ def _drawn(name, kinds, each, size, seed, masks=False):
     task = _stand_in_mvtec(name, size, 1, each, seed, kinds)
     return task if masks else replace(task, masks_test=None)
 
-# %% ../nbs/0_foundations/01c_defects.ipynb #e07a782d
+# %% ../nbs/0_foundations/01c_defects.ipynb #737c5f8d
 def _boxes(h, w, n=None):
     """`n` equal pieces of an image along its long side, as (left, top, right, bottom).
 
@@ -42,7 +41,7 @@ def _boxes(h, w, n=None):
     edges = cuts.astype(int).tolist()
     return [(a, 0, b, h) if w > h else (0, a, w, b) for a, b in zip(edges, edges[1:])]
 
-# %% ../nbs/0_foundations/01c_defects.ipynb #a9a03634
+# %% ../nbs/0_foundations/01c_defects.ipynb #80005e5f
 def kolektor_sdd(path=None, *, split='item', size=256, test_fraction=.3, seed=0):
     """KolektorSDD (Tabernik et al. 2019) as a `Task`, (1, h, w) uint8, with masks.
 
@@ -68,7 +67,7 @@ def kolektor_sdd(path=None, *, split='item', size=256, test_fraction=.3, seed=0)
                      kinds[aside], said, seed)
     return _with_masks(task, x, masks, 'each image cut into three', size, more)
 
-# %% ../nbs/0_foundations/01c_defects.ipynb #8ea8a56a
+# %% ../nbs/0_foundations/01c_defects.ipynb #277f7bca
 def _read_items(path, size):
     """Crops `(n, 1, h, w)` uint8, masks `(n, h, w)` bool, items `(n,)`; what was passed over."""
     folder = _at(path, ['KolektorSDD'], 'the folder of KolektorSDD', _KOLEKTOR_HELP)
@@ -93,7 +92,7 @@ def _read_items(path, size):
 _KOLEKTOR_HELP = ('Get it from vicos.si/resources/kolektorsdd (CC BY-NC-SA 4.0) and unpack it so '
                   'that KolektorSDD/kos01/Part0.jpg lies in AD_COURSE_DATA, or give the folder.')
 
-# %% ../nbs/0_foundations/01c_defects.ipynb #e667e74d
+# %% ../nbs/0_foundations/01c_defects.ipynb #5cf057b8
 AITEX = {'002': 'broken end', '006': 'broken yarn', '010': 'broken pick', '016': 'weft curling',
          '019': 'fuzzyball', '022': 'cut selvage', '023': 'crease', '025': 'warp ball',
          '027': 'knots', '029': 'contamination', '030': 'nep', '036': 'weft crack'}
@@ -113,7 +112,7 @@ def aitex(path=None, *, size=256, test_fraction=.3, reserve=.2, seed=0):
                      seed=seed, groups=strips, name='AITEX')
     return _with_masks(task, x, masks, 'all squares of one strip on one side', size, more)
 
-# %% ../nbs/0_foundations/01c_defects.ipynb #6b330039
+# %% ../nbs/0_foundations/01c_defects.ipynb #c636d1e4
 def _read_strips(path, size):
     """Squares `(n, 1, h, w)` uint8, masks `(n, h, w)` bool, kinds `(n,)`, strips `(n,)`, a note."""
     folder = _at(path, ['aitex', 'AITEX'], 'the folder of AITEX', _AITEX_HELP)
@@ -153,7 +152,7 @@ def _below(folder):
 _AITEX_HELP = ('Get AITEX from aitex.es/afid and unpack NODefect_images, Defect_images and '
                'Mask_images into the folder aitex in AD_COURSE_DATA, or give their folder.')
 
-# %% ../nbs/0_foundations/01c_defects.ipynb #88c9188c
+# %% ../nbs/0_foundations/01c_defects.ipynb #8038d119
 def elpv(path=None, *, at_least=1, size=128, test_fraction=.3, reserve=.2, seed=0):
     """ELPV solar cells (Buerhop-Lutz et al. 2018) as a `Task`, (1, h, w) uint8; kinds mono, poly.
 
@@ -176,7 +175,7 @@ _ELPV = 'elpv-dataset', 'elpv', 'elpv_dev_100.npz'
 _ELPV_HELP = ('Get it from github.com/zae-bayern/elpv-dataset (CC BY-NC-SA 4.0) and put the folder '
               'elpv-dataset with labels.csv and images into AD_COURSE_DATA, or give its path.')
 
-# %% ../nbs/0_foundations/01c_defects.ipynb #cf544680
+# %% ../nbs/0_foundations/01c_defects.ipynb #75f1e4b0
 def _read_cells(folder, size):
     """Images `(n, 1, h, w)` uint8, probabilities `(n,)` and types `(n,)` of the official files."""
     tables = [folder / d / 'labels.csv' for d in ('', 'src/elpv_dataset/data')]
@@ -197,7 +196,7 @@ def _packed_cells(path, size):
     (x, p), (_, cells) = (_read_npz(path, labels) for labels in ('defect_probability', 'cell_type'))
     return np.stack([_pixels(Image.fromarray(i[0]), size) for i in x]), p.astype(float), cells
 
-# %% ../nbs/0_foundations/01c_defects.ipynb #58fbec0d
+# %% ../nbs/0_foundations/01c_defects.ipynb #bbecf1e4
 def head_ct(path=None, *, size=128, test_fraction=.3, reserve=.2, seed=0):
     """HeadCT (Kitamura 2018) as a `Task`, (1, h, w) uint8; the anomalies are hemorrhages.
 
@@ -246,7 +245,7 @@ _BRAIN_HELP = ('Get it from '
                'kaggle.com/datasets/navoneel/brain-mri-images-for-brain-tumor-detection and '
                'put the folder brain_tumor_dataset with yes and no into AD_COURSE_DATA.')
 
-# %% ../nbs/0_foundations/01c_defects.ipynb #d7fc58a1
+# %% ../nbs/0_foundations/01c_defects.ipynb #f0e20532
 DIOR = ['airplane', 'airport', 'baseballfield', 'basketballcourt', 'bridge', 'chimney', 'dam',
         'Expressway-Service-area', 'Expressway-toll-station', 'golffield', 'groundtrackfield',
         'harbor', 'overpass', 'ship', 'stadium', 'storagetank', 'tenniscourt', 'trainstation',
@@ -279,7 +278,7 @@ def dior_crops(normal=None, path=None, *, anomalous=None, size=64, min_side=120,
                      kinds_test=kinds_test, reserve=reserve, seed=seed, name='DIOR')
     return _with_masks(task, x, None, f'boxes of {min_side} pixels or more a side; {split}', size)
 
-# %% ../nbs/0_foundations/01c_defects.ipynb #4e9f2f81
+# %% ../nbs/0_foundations/01c_defects.ipynb #3449576a
 def _read_crops(path, size, min_side):
     """Crops `(n, 3, h, w)` uint8; classes, photographs and whether these are tested, `(n,)`."""
     folder = _at(path, ['DIOR'], 'the folder of DIOR', _DIOR_HELP)
@@ -309,7 +308,7 @@ def _read_crops(path, size, min_side):
     if not x: raise ValueError(f'min_side must leave a box in {folder}; got {min_side}')
     return np.stack(x), np.array(kinds), np.array(shown), np.array([s in tested for s in shown])
 
-# %% ../nbs/0_foundations/01c_defects.ipynb #5a685c45
+# %% ../nbs/0_foundations/01c_defects.ipynb #45f8456b
 def _objects(note):
     """Pairs of a class and an upright box (left, top, right, bottom) of one annotation."""
     try: root = ElementTree.parse(note).getroot()
