@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STRIDES', 'stages', 'maps', 'feature_maps', 'fingerprint', 'kept', 'usual_size', 'MapView', 'to_pixels',
-           'frozen_rows']
+           'frozen_rows', 'labelled_rows']
 
 # %% ../nbs/0_foundations/08a_feature_maps.ipynb #4ae9cfc4
 import hashlib
@@ -13,6 +13,7 @@ from joblib import Memory
 from torch import nn
 from torch.nn import functional as F
 from .backbones import backbone, features
+from .batches import BalancedRows
 from .data import as_images
 from .datasets import data_root
 from .detector import is_number
@@ -178,3 +179,16 @@ def frozen_rows(detector, data):
             normal = [view.learned(part.to(data.device)) for part in rows[y == 0].split(64)]
         view.standardize(torch.cat(normal))
     return rows, y
+
+# %% ../nbs/0_foundations/08a_feature_maps.ipynb #d6518885
+def labelled_rows(detector, data, share=.5):
+    """`frozen_rows` as a source in which labelled anomalies are about `share` of an epoch.
+
+    ValueError where no image is labelled 1.
+    """
+    rows, y = frozen_rows(detector, data)
+    if not y.any():
+        raise ValueError(f'{type(detector).__name__} learns from labelled anomalies: y must mark '
+                         'one at least, with 1; got none. Detectors that need no label are, for '
+                         'instance, AE and DeepSVDD')
+    return BalancedRows(rows, y, share, data.device)
