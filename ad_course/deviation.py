@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['deviations', 'deviation_loss', 'top_mean', 'DevNet']
 
-# %% ../nbs/4_open_set/41_deviation.ipynb #6a7928ae
+# %% ../nbs/4_open_set/41_deviation.ipynb #f4a53b1e
 from dataclasses import dataclass
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from .backbones import BACKBONES, PACKAGED
 from .detector import Detector
 from .feature_maps import STRIDES, MapView, labelled_rows, to_pixels
 
-# %% ../nbs/4_open_set/41_deviation.ipynb #fe37e1cb
+# %% ../nbs/4_open_set/41_deviation.ipynb #f9da7e10
 def deviations(scores, reference):
     """Equation (1): scores (b,) in standard deviations of reference scores (n,), n >= 2."""
     return (scores - reference.mean()) / reference.std()
@@ -32,14 +32,14 @@ def deviation_loss(dev, y, margin=5., power=1):
     return dict(normal=(1 - y) * dev.abs().pow(power),
                 anomalies=y * (margin - dev).clamp(min=0).pow(power))
 
-# %% ../nbs/4_open_set/41_deviation.ipynb #e1397711
+# %% ../nbs/4_open_set/41_deviation.ipynb #dae480dd
 def top_mean(values, share):
     """Mean of the largest `share` of the values of an image, one at least: (b, ...) -> (b,)."""
     flat = values.flatten(1)
     k = max(1, int(share * flat.shape[1]))
     return flat.topk(k, 1).values.mean(1)
 
-# %% ../nbs/4_open_set/41_deviation.ipynb #f1d0decb
+# %% ../nbs/4_open_set/41_deviation.ipynb #3a7af47a
 @dataclass(kw_only=True, eq=False, repr=False)
 class DevNet(Detector):
     """Deviation network (Pang, Shen, van den Hengel 2019), on feature maps (Pang et al. 2021)."""

@@ -6,10 +6,11 @@ import torch
 from torch import nn
 
 from ad_course import feature_maps as module
-from ad_course.backbones import BACKBONES, backbone, features
+from ad_course.backbones import BACKBONES, Backbone, backbone, features
+from ad_course.batches import Memory
 from ad_course.detector import Detector
 from ad_course.feature_maps import (STRIDES, MapView, feature_maps, fingerprint, frozen_rows, kept,
-                                    maps, stages, to_pixels, usual_size)
+                                    labelled_rows, maps, remembered, stages, to_pixels, usual_size)
 
 STAGED = sorted(BACKBONES.keys() - {'vit_b_16'})
 
@@ -231,3 +232,53 @@ def test_frozen_rows_of_a_detector_take_the_scale_from_normal_images():
     normal = view(torch.tensor(x[:12])).detach()
     assert normal.mean((0, 2, 3)).abs().max() < 1e-3
     assert abs(normal.var((0, 2, 3)).mean() - 1) < 1e-2
+
+
+@pytest.fixture
+def looked(monkeypatch):
+    """How often a view really looked."""
+    calls, real = [], Backbone.prepare
+    monkeypatch.setattr(Backbone, 'prepare', lambda *a: calls.append(1) or real(*a))
+    return calls
+
+
+def test_what_was_seen_is_remembered_until_the_end(looked):
+    one, other, x = view_of(), view_of(), images(3, 1, 64, 64)
+    with torch.no_grad():
+        wanted = one.frozen(x)
+        with remembered():
+            with remembered(): first = one.frozen(x)
+            again = other.frozen(x.clone())         # another view, the same weights and pixels
+            assert len(looked) == 2 and torch.equal(again, first) and torch.equal(first, wanted)
+        one.frozen(x)
+    assert len(looked) == 3
+
+
+@pytest.mark.parametrize('what', ['pixel', 'weight', 'statistics', 'size', 'thaw', 'grad'])
+def test_nothing_else_is_taken_for_it(looked, what):
+    one, x = view_of(), images(3, 1, 64, 64)
+    other, new = view_of(**{what: dict(size=96, thaw=1)[what]} if what in ('size', 'thaw') else {}), x
+    with torch.no_grad():
+        if what == 'pixel': new = x.clone(); new[0, 0, 0, 0] = 1
+        if what == 'weight': other.fixed[0][0].weight[0, 0, 0, 0] += 1
+        if what == 'statistics': other.fixed[0][1].running_mean[0] += 1
+    if what == 'grad': new = x.clone().requires_grad_()
+    with remembered():
+        with torch.no_grad(): one.frozen(x)
+        found = other.frozen(new)
+    assert len(looked) == 2
+    torch.testing.assert_close(found, other.frozen(new))
+    assert found.requires_grad == (what == 'grad')
+
+
+def test_labelled_rows_recur_and_are_missed(lite):
+    class Learner:
+        weights, nets_ = 'imagenet', nn.ModuleDict(dict(view=view_of()))
+        def each_batch(self, f, data):
+            with torch.no_grad(): yield from ((f(x), y) for x, y in data.batches(8))
+    x = images(12, 1, 64, 64)
+    y = torch.tensor([0] * 10 + [1, 1])
+    rows = labelled_rows(Learner(), Memory(x.numpy(), y), .5)
+    assert len(rows) == 20 and torch.bincount(rows.y[rows.order]).tolist() == [10, 10]
+    with pytest.raises(ValueError, match='Learner learns from labelled anomalies: .*AE'):
+        labelled_rows(Learner(), Memory(x.numpy(), torch.zeros(12, dtype=torch.long)))
