@@ -5,17 +5,21 @@
 # %% auto #0
 __all__ = ['deviations', 'deviation_loss', 'top_mean', 'DevNet']
 
-# %% ../nbs/4_open_set/41_deviation.ipynb #f4a53b1e
+# %% ../nbs/4_open_set/41_deviation.ipynb #47ba0e00
 from dataclasses import dataclass
 import torch
 from torch import nn
-from .backbones import BACKBONES, PACKAGED
 from .detector import Detector
-from .feature_maps import STRIDES, MapView, labelled_rows, to_pixels
+from .feature_maps import STAGED, STRIDES, MapView, labelled_rows, to_pixels
 
-# %% ../nbs/4_open_set/41_deviation.ipynb #f9da7e10
+# %% ../nbs/4_open_set/41_deviation.ipynb #6c1f1de3
 def deviations(scores, reference):
-    """Equation (1): scores (b,) in standard deviations of reference scores (n,), n >= 2."""
+    """Equation (1): scores (b,) in standard deviations of reference scores (n,).
+
+    ValueError for a reference without any deviation.
+    """
+    if len(reference) < 2 or reference.min() == reference.max():
+        raise ValueError(f'a reference must hold different scores; got {len(reference)}, all alike')
     return (scores - reference.mean()) / reference.std()
 
 
@@ -32,14 +36,14 @@ def deviation_loss(dev, y, margin=5., power=1):
     return dict(normal=(1 - y) * dev.abs().pow(power),
                 anomalies=y * (margin - dev).clamp(min=0).pow(power))
 
-# %% ../nbs/4_open_set/41_deviation.ipynb #dae480dd
+# %% ../nbs/4_open_set/41_deviation.ipynb #95c94a98
 def top_mean(values, share):
     """Mean of the largest `share` of the values of an image, one at least: (b, ...) -> (b,)."""
     flat = values.flatten(1)
     k = max(1, int(share * flat.shape[1]))
     return flat.topk(k, 1).values.mean(1)
 
-# %% ../nbs/4_open_set/41_deviation.ipynb #3a7af47a
+# %% ../nbs/4_open_set/41_deviation.ipynb #02600024
 @dataclass(kw_only=True, eq=False, repr=False)
 class DevNet(Detector):
     """Deviation network (Pang, Shen, van den Hengel 2019), on feature maps (Pang et al. 2021)."""
@@ -63,11 +67,12 @@ class DevNet(Detector):
 
     def check_params(self):
         super().check_params()
-        self.require_choice('backbone', (None, *PACKAGED, *(BACKBONES.keys() - PACKAGED.keys())))
+        self.require_choice('backbone', (None, *STAGED))
         self.require_choice('weights', ('imagenet', 'random'))
         self.require_choice('stride', STRIDES)
         if self.size is not None: self.require_whole('size', least=32)
-        self.require_whole('thaw', least=0, most=STRIDES.index(self.stride) + 1)
+        most = STRIDES.index(self.stride) + 1 if self.backbone else 0   # from scratch, all learns
+        self.require_whole('thaw', least=0, most=most)
         self.require_whole('width', least=1)
         self.require_number('labelled_share', 'top_share', above=0)
         self.require_number('labelled_share', below=1)

@@ -95,14 +95,20 @@ def halved(dev, y, margin=5., power=1):
 def test_mutant_of_the_loss_is_caught(mutant, promise): assert_caught(promise, mutant)
 
 
+def test_a_reference_that_has_no_deviation_is_refused():
+    for reference in (torch.zeros(9), torch.ones(1)):
+        with pytest.raises(ValueError, match='reference must hold different scores; got'):
+            deviations(draws(4), reference)
+
+
 def test_deviations_are_those_of_the_reference():
     reference, s = draws(500) * 3 + 2, draws(7, seed=1)
     wanted = (s.numpy() - reference.numpy().mean()) / reference.numpy().std(ddof=1)
     np.testing.assert_allclose(deviations(s, reference), wanted, rtol=1e-5)
 
 
-@pytest.mark.parametrize('share, wanted', [(.5, [7, 4]), (1., [4.5, 2]), (.01, [9, 8]),
-                                           (.75, [17 / 3, 8 / 3])])
+@pytest.mark.parametrize('share, wanted', [
+    (.5, [7, 4]), (.3, [9, 8]), (1., [4.5, 2]), (.01, [9, 8]), (.75, [17 / 3, 8 / 3])])
 def test_top_mean(share, wanted):
     values = torch.tensor([[[1., 9], [3, 5]], [[0, 0], [0, 8]]])
     torch.testing.assert_close(top_mean(values, share), torch.tensor(wanted, dtype=torch.float32))
@@ -113,14 +119,35 @@ def test_top_mean(share, wanted):
 
 # ---------------------------------------------------------------- the detector
 def test_loss_of_rows_is_the_loss_of_images(cloth):
-    d = DevNet(epochs=1, device='cpu', verbose=False).fit(cloth.x_train, cloth.y_train)
+    d = DevNet(epochs=1, margin=3., power=2, n_reference=50, top_share=.5, device='cpu',
+               verbose=False).fit(cloth.x_train, cloth.y_train)
     xb, yb = torch.tensor(cloth.x_train[-12:]), torch.tensor(cloth.y_train[-12:])
     with torch.no_grad():
         one, two = d.loss(xb, yb), d.row_loss(d.nets_.view.frozen(xb), yb)
-        dev = deviations(d.image_score(xb), d.reference_)
-    for k, v in deviation_loss(dev, yb, 5.).items():
+        places = d.nets_.head(d.nets_.view(xb))[:, 0].flatten(1)
+        assert places.shape == (12, 16) and len(d.reference_) == 50
+        scores = places.sort(1).values[:, 8:].mean(1)
+        dev = deviations(scores, d.reference_)
+    torch.testing.assert_close(d.image_score(xb), scores)
+    for k, v in deviation_loss(dev, yb, 3., 2).items():
         torch.testing.assert_close(one[k], v, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(two[k], v, rtol=1e-4, atol=1e-4)
+
+
+def test_the_share_of_labelled_ones_is_that_of_an_epoch(cloth):
+    seen = []
+    class Listens(DevNet):
+        def row_loss(self, rows, yb): seen.append(yb); return super().row_loss(rows, yb)
+    for share in (.5, .2):
+        seen.clear()
+        Listens(epochs=1, labelled_share=share, device='cpu', verbose=False, size=32).fit(
+            cloth.x_train, cloth.y_train)
+        assert abs(torch.cat(seen).float().mean() - share) < .03
+
+
+def test_places_below_zero_stay_there(cloth):
+    d = DevNet(epochs=3, device='cpu', verbose=False).fit(cloth.x_train, cloth.y_train)
+    assert d.anomaly_map(cloth.x_test).min() < 0
 
 
 def test_the_backbone_stays_and_the_head_learns(cloth):
@@ -188,7 +215,8 @@ def test_wrong_labels(cloth, y, message):
     (dict(thaw=4), 'thaw'), (dict(stride=4, thaw=2), 'thaw'), (dict(top_share=0), 'top_share'),
     (dict(top_share=1.1), 'top_share'), (dict(labelled_share=1.), 'labelled_share'),
     (dict(margin=0), 'margin'), (dict(n_reference=1), 'n_reference'), (dict(power=3), 'power'),
-    (dict(weights='imagenet-v1'), 'weights'), (dict(width=0), 'width')], ids=str)
+    (dict(weights='imagenet-v1'), 'weights'), (dict(backbone='vit_b_16'), 'backbone'),
+    (dict(backbone=None, thaw=1), 'thaw'), (dict(width=0), 'width')], ids=str)
 def test_wrong_settings(cloth, settings, name):
     with pytest.raises(ValueError, match=f'DevNet: {name} must be .*; got'):
         DevNet(**SMALL | settings).fit(cloth.x_train, cloth.y_train)

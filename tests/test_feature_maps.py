@@ -6,13 +6,12 @@ import torch
 from torch import nn
 
 from ad_course import feature_maps as module
-from ad_course.backbones import BACKBONES, Backbone, backbone, features
+from ad_course.backbones import Backbone, backbone, features
 from ad_course.batches import Memory
 from ad_course.detector import Detector
-from ad_course.feature_maps import (STRIDES, MapView, feature_maps, fingerprint, frozen_rows, kept,
-                                    labelled_rows, maps, remembered, stages, to_pixels, usual_size)
-
-STAGED = sorted(BACKBONES.keys() - {'vit_b_16'})
+from ad_course.feature_maps import (STAGED, STRIDES, MapView, feature_maps, fingerprint,
+                                    frozen_rows, kept, labelled_rows, maps, remembered, stages,
+                                    to_pixels, usual_size)
 
 
 def images(*shape, seed=0): return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
@@ -40,6 +39,14 @@ def test_stages_hold_each_layer_once_and_all_before_the_head(name):
     assert len(held) == len({*held})
     left = {k.split('.')[0] for k, p in b.net.named_parameters() if id(p) not in {*held}}
     assert left == ({'conv_head', 'bn2'} if 'lite' in name else set())
+
+
+def test_the_last_map_of_a_densenet_is_what_its_mean_sees():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        b = backbone('densenet121', 'random', 64)
+    (m,) = maps(b, images(2, 3, 64, 64), (32,))
+    torch.testing.assert_close(m.mean((2, 3)), b(images(2, 3, 64, 64)), rtol=1e-4, atol=1e-5)
 
 
 def test_maps_of_the_pretrained_network_are_timms(lite):
@@ -124,6 +131,26 @@ def test_nothing_stale_comes_back(lite, tmp_path, what):
         with torch.no_grad(): tensor += .01
     np.testing.assert_array_equal(kept(b, x, folder=tmp_path), features(b, x))
     assert not np.array_equal(features(b, x), features(lite, images(3, 1, 64, 64).numpy()))
+
+
+def test_maps_of_other_code_are_not_found(lite, tmp_path, monkeypatch):
+    x = images(2, 1, 64, 64).numpy()
+    (first,) = kept(lite, x, [16], tmp_path)
+    real = module.maps
+    def maps(b, xb, strides=(16,)): return [2 * m for m in real(b, xb, strides)]
+    monkeypatch.setattr(module, 'maps', maps)
+    module._code.cache_clear()
+    try: (second,) = kept(lite, x, [16], tmp_path)
+    finally: module._code.cache_clear()
+    np.testing.assert_allclose(second, 2 * first, rtol=1e-5)
+
+
+@pytest.mark.parametrize('what', ['mean', 'std'])
+def test_fingerprint_knows_the_constants(what):
+    b = backbone('efficientnet_lite0', size=64)
+    before = fingerprint(b)
+    getattr(b, what).mul_(1.01)
+    assert fingerprint(b) != before
 
 
 def test_strides_are_kept_apart(lite, tmp_path):
@@ -217,6 +244,12 @@ def test_to_pixels_keeps_what_is_flat_and_where_it_is():
                                                                    for j in range(16, 24)}
 
 
+def test_to_pixels_by_hand():
+    """Bilinear, a place being the middle of its pixels: 0 and 4 become 0, 1, 3, 4."""
+    found = to_pixels(torch.tensor([[[0., 4], [0, 4]]]), (1, 4, 4))[0]
+    torch.testing.assert_close(found, torch.tensor([0., 1, 3, 4]).expand(4, 4))
+
+
 def test_frozen_rows_of_a_detector_take_the_scale_from_normal_images():
     x = np.concatenate([images(12, 1, 64, 64).numpy() / 2, np.ones((4, 1, 64, 64), 'float32')])
     y, found = np.repeat([0, 1], [12, 4]), {}
@@ -257,7 +290,8 @@ def test_what_was_seen_is_remembered_until_the_end(looked):
 @pytest.mark.parametrize('what', ['pixel', 'weight', 'statistics', 'size', 'thaw', 'grad'])
 def test_nothing_else_is_taken_for_it(looked, what):
     one, x = view_of(), images(3, 1, 64, 64)
-    other, new = view_of(**{what: dict(size=96, thaw=1)[what]} if what in ('size', 'thaw') else {}), x
+    settings = dict(size=dict(size=96), thaw=dict(thaw=1)).get(what, {})
+    other, new = view_of(**settings), x
     with torch.no_grad():
         if what == 'pixel': new = x.clone(); new[0, 0, 0, 0] = 1
         if what == 'weight': other.fixed[0][0].weight[0, 0, 0, 0] += 1
@@ -280,5 +314,7 @@ def test_labelled_rows_recur_and_are_missed(lite):
     y = torch.tensor([0] * 10 + [1, 1])
     rows = labelled_rows(Learner(), Memory(x.numpy(), y), .5)
     assert len(rows) == 20 and torch.bincount(rows.y[rows.order]).tolist() == [10, 10]
+    fifth = labelled_rows(Learner(), Memory(x.numpy(), y), .2)
+    assert torch.bincount(fifth.y[fifth.order]).tolist() == [10, 2]
     with pytest.raises(ValueError, match='Learner learns from labelled anomalies: .*AE'):
         labelled_rows(Learner(), Memory(x.numpy(), torch.zeros(12, dtype=torch.long)))
