@@ -131,3 +131,14 @@ def test_train_gans(tmp_path, monkeypatch):
     assert len(differences) == 4
     for which, most in differences.items():   # with batch normalization rounding grows
         if 'digits' in which: assert float(most) < 1e-3, which
+
+
+def test_make_cutmix(monkeypatch):
+    """A line for each size."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    main = importlib.import_module('make_cutmix').main
+    words = '--images 4 --sizes 16 24 --rounds 1'.split()
+    head, _, *lines = rows(said(main, 'make_cutmix.py', words))
+    assert head == ['size', 'ours, images a second', 'PIL', 'ratio']
+    assert [line[0] for line in lines] == ['16', '24']
+    assert all(float(cell) > 0 for line in lines for cell in line[1:3])
