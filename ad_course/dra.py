@@ -20,7 +20,9 @@ def draw_patches(n, h, w, rng, area=(.02, .15)):
     """Random rectangles R and translations T for n images of h by w pixels, from a torch.Generator.
 
     Returns their sides, where they begin and where they are put: each (n, 2), y before x. area:
-    least and largest share of the image. One side is at most three times the other.
+    least and largest share of the image. Measured by the sides of the image, one side is at most
+    three times the other, before rounding. What would be longer than the image is cut off: of a
+    large share .57 may be left.
     """
     u = torch.rand(n, 6, generator=rng, device=rng.device)
     share, tall = area[0] + (area[1] - area[0]) * u[:, 0], 3 ** (2 * u[:, 1] - 1)
@@ -100,7 +102,10 @@ def signed_sum(scores):
 # %% ../nbs/4_open_set/42_dra.ipynb #0b3270c9
 @dataclass(kw_only=True, eq=False, repr=False)
 class DRA(DevNet):
-    """Disentangled representations of abnormalities (Ding, Pang, Shen 2022), on feature maps."""
+    """Disentangled representations of abnormalities (Ding, Pang, Shen 2022), on feature maps.
+
+    labelled_share: against normal images; .5 is as many, with the pseudo-anomalies a third of all.
+    """
     heads: tuple = HEADS        # whose losses and scores are added
     n_pseudo: int = 1           # pseudo-anomalies made from each normal image
     patch_area: tuple = (.02, .15)   # of CutMix: least and largest share of the image
