@@ -36,7 +36,7 @@ def run(script, options, folder, monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.setenv('AD_COURSE_DATA', str(folder))
     bench, main = (importlib.import_module(name) for name in ('bench', script.removesuffix('.py')))
-    for name in ('ae', 'achc', 'baselines', 'fanogan', 'ganomaly'):
+    for name in ('ae', 'achc', 'baselines', 'fanogan', 'feature_maps', 'ganomaly'):
         importlib.import_module(f'ad_course.{name}')
     in_new_process, new, in_forks = bench.in_a_process_of_its_own, [], []
     def measured(*args, **options):
@@ -142,3 +142,15 @@ def test_make_cutmix(monkeypatch):
     assert head == ['size', 'ours, images a second', 'PIL', 'ratio']
     assert [line[0] for line in lines] == ['16', '24']
     assert all(float(cell) > 0 for line in lines for cell in line[1:3])
+
+
+def test_look(tmp_path, monkeypatch):
+    """Ours and the plain loops see the same, and each has a line."""
+    out = run('look.py', '--images 3 --sizes 32 --rounds 1', tmp_path, monkeypatch)
+    head, _, *lines = rows(out)
+    assert head[:5] == ['pixels', 'contestant', 'images a second', 'best', 'ratio']
+    assert [line[1] for line in lines] == ['features, plain timm', 'features, ours',
+                                           'maps, plain timm', 'maps, ours']
+    answers = [float(line[-1]) for line in lines]
+    assert answers[0] == pytest.approx(answers[1], rel=1e-3) and answers[0] > 0
+    assert answers[2] == pytest.approx(answers[3], rel=1e-3) and answers[2] > 0

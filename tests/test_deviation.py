@@ -9,6 +9,7 @@ from ad_course.detector import load
 from ad_course.deviation import DevNet, deviation_loss, deviations, top_mean
 from ad_course.metrics import auroc
 from ad_course.surfaces import surfaces
+from tests.labelled import check_labels_needed
 from tests.mutants import assert_caught
 
 SMALL = dict(backbone=None, epochs=40, batch_size=32, device='cpu', verbose=False)
@@ -195,19 +196,7 @@ def test_maps_light_up_where_the_defect_is():
     assert min(gaps) > 0 and np.mean(gaps) > .5, gaps
 
 
-@pytest.mark.parametrize('y', [None, 'zeros'])
-def test_without_a_labelled_anomaly_an_error_says_so(cloth, y):
-    x = cloth.x_train[:20]
-    y = None if y is None else np.zeros(len(x), int)
-    with pytest.raises(ValueError, match='DevNet learns from labelled anomalies.*AE'):
-        DevNet(**SMALL).fit(x, y)
-
-
-@pytest.mark.parametrize('y, message', [
-    (np.ones(20, int), 'must mark some image as normal'), (np.full(20, 2), 'must be 0'),
-    (np.zeros(19, int), 'one label for each')])
-def test_wrong_labels(cloth, y, message):
-    with pytest.raises(ValueError, match=message): DevNet(**SMALL).fit(cloth.x_train[:20], y)
+def test_labels_are_needed(cloth): check_labels_needed(DevNet, cloth.x_train[:20], **SMALL)
 
 
 @pytest.mark.parametrize('settings, name', [
@@ -231,8 +220,17 @@ class Deaf(DevNet):
     def map_loss(self, m, yb): return super().map_loss(m, yb.roll(1))
 
 
+class Idle(DevNet):
+    """Nothing moves."""
+    def descend(self, player, loss, xb, *yb): return loss(xb, *yb)
+
+class Negated(DevNet):
+    """Lower is anomalous."""
+    def image_score(self, xb): return -super().image_score(xb)
+
+
 @pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('cls', [Turned, Deaf])
+@pytest.mark.parametrize('cls', [Turned, Deaf, Idle, Negated])
 def test_mutant_of_the_detector_is_caught(cls):
     with pytest.raises(AssertionError, match='breaks'):
         check_detector(cls(**SMALL), only=['labels_matter', 'higher_is_anomalous', 'learns'],
