@@ -2,10 +2,12 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.covariance import LedoitWolf
 from sklearn.decomposition import PCA as LinearPCA
 
-from ad_course.baselines import KNN, PCA, ClosedForm, MeanImage
-from tests.mutants import assert_caught, changed, each_mutant
+from ad_course import baselines
+from ad_course.baselines import KNN, PCA, ClosedForm, MeanImage, whitening
+from tests.mutants import assert_caught, changed, each_mutant, mutant
 
 RNG = np.random.default_rng(0)
 X, NEW = RNG.random((30, 2, 3, 4), dtype='float32'), RNG.random((7, 2, 3, 4), dtype='float32')
@@ -82,6 +84,44 @@ def test_wrong_planes_are_caught(why, broken): assert_caught(check_pca, broken, 
 
 @each_mutant({'training scores': [SeesItself], 'score': [KthOnly, NotScaled]})
 def test_wrong_neighbors_are_caught(why, broken): assert_caught(check_knn, broken, why)
+
+
+def check_whitening(whiten):
+    """Symmetric, and a root of scikit-learn's precision; any scale, any number of rows."""
+    for n, scale in ((6, 1.), (6, 1e-9), (6, 1e6), (60, 1.)):
+        rows = np.random.default_rng(1).normal(size=(n, 20)) * np.geomspace(1, .01, 20)
+        rows = scale * (rows + 2)
+        mean, matrix = whiten(rows)
+        theirs = LedoitWolf().fit(rows)
+        np.testing.assert_allclose(mean, rows.mean(0), err_msg='mean')
+        np.testing.assert_allclose(matrix @ matrix * scale**2, theirs.precision_ * scale**2,
+                                   rtol=1e-6, atol=1e-6, err_msg='root')
+        np.testing.assert_allclose(matrix, matrix.T, err_msg='symmetric')
+
+
+def test_whitening():
+    check_whitening(whitening)
+    single = whitening(ROWS.astype('float32'))
+    assert all(a.dtype == np.float64 for a in single)
+    np.testing.assert_allclose(single[1], whitening(ROWS)[1], rtol=1e-4, atol=1e-4)
+
+
+def test_whitening_of_few_or_equal_rows():
+    """Nothing infinite: the identity for equal rows, large numbers off the line of two."""
+    mean, matrix = whitening(np.full((4, 3), .3))
+    np.testing.assert_allclose(mean, .3)
+    np.testing.assert_array_equal(matrix, np.eye(3))
+    mean, matrix = whitening([[1., 0, 0], [-1, 0, 0]])
+    assert np.isfinite(matrix).all() and matrix[0, 0] == pytest.approx(1, rel=1e-3)
+    assert matrix[1, 1] == matrix[2, 2] > 1
+
+
+def test_a_wrong_whitening_is_caught():
+    off = lambda rows: (whitening(rows)[0] + 1e-3, whitening(rows)[1])
+    assert_caught(check_whitening, off, 'mean')
+    for rho in (0., .5):
+        with mutant(baselines, ledoit_wolf_shrinkage=lambda rows: rho):
+            assert_caught(check_whitening, whitening, 'root')
 
 
 @pytest.mark.parametrize('cls, params, x, message', [
