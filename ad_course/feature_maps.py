@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['STRIDES', 'STAGED', 'stages', 'maps', 'feature_maps', 'fingerprint', 'kept', 'usual_size', 'remembered', 'MapView',
-           'to_pixels', 'frozen_rows', 'labelled_rows']
+           'to_pixels', 'frozen_rows', 'top_mean', 'OnMaps', 'labelled_rows']
 
 # %% ../nbs/0_foundations/08a_feature_maps.ipynb #4ae9cfc4
 import contextlib
 import functools
 import hashlib
 import inspect
+from dataclasses import dataclass
 from importlib.metadata import version
 import torch
 from joblib import Memory
@@ -20,7 +21,7 @@ from .backbones import BACKBONES, PACKAGED, Backbone, backbone, features
 from .batches import BalancedRows
 from .data import as_images
 from .datasets import data_root
-from .detector import is_number
+from .detector import Detector, is_number
 
 # %% ../nbs/0_foundations/08a_feature_maps.ipynb #72e23ec5
 STRIDES = 4, 8, 16, 32
@@ -218,6 +219,49 @@ def frozen_rows(detector, data):
             normal = [view.learned(part.to(data.device)) for part in rows[y == 0].split(64)]
         view.standardize(torch.cat(normal))
     return rows, y
+
+# %% ../nbs/0_foundations/08a_feature_maps.ipynb #6a39de68
+def top_mean(values, share):
+    """Mean of the largest `share` of the values of an image, one at least: (b, ...) -> (b,)."""
+    flat = values.flatten(1)
+    k = max(1, int(share * flat.shape[1]))
+    return flat.topk(k, 1).values.mean(1)
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class OnMaps(Detector):
+    """A base for detectors that score the places of a `MapView`: `place_scores`.
+
+    The score of an image is the `top_mean` of its places, its map their scores as pixels.
+    """
+    backbone: str = 'efficientnet_lite0'   # or another of `backbones`
+    weights: str = 'imagenet'   # of the backbone; 'random' only for trials
+    stride: int = 16            # pixels that the backbone sees, per place of the map
+    size: int = None            # pixels a side that it sees; None: see `usual_size`
+    top_share: float = .1       # of the places, whose mean is the score
+    abstract = True
+    backbones = STAGED          # to choose from
+
+    def check_params(self):
+        super().check_params()
+        self.require_choice('backbone', self.backbones)
+        self.require_choice('weights', ('imagenet', 'random'))
+        self.require_choice('stride', STRIDES)
+        if self.size is not None: self.require_whole('size', least=32)
+        self.require_number('top_share', above=0, most=1)
+
+    def networks(self, shape):
+        return dict(view=MapView(shape, self.backbone, self.stride, self.size))
+
+    def place_scores(self, m):
+        """Scores of the places of maps: (b, k, h', w') -> (b, h', w')."""
+        raise NotImplementedError(f'{type(self).__name__} defines no place_scores')
+
+    def image_score(self, xb):
+        return top_mean(self.place_scores(self.nets_.view(xb)), self.top_share)
+
+    def pixel_score(self, xb):
+        return to_pixels(self.place_scores(self.nets_.view(xb)), self.shape_)
 
 # %% ../nbs/0_foundations/08a_feature_maps.ipynb #d6518885
 def labelled_rows(detector, data, share=.5):

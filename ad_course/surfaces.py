@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['TEXTURES', 'DEFECTS', 'weave', 'grain', 'speckle', 'scratch', 'spot', 'hole', 'stain', 'thread', 'blur', 'roll_patch',
-           'bend', 'draw_surfaces', 'surfaces']
+           'bend', 'draw_surfaces', 'surfaces', 'labelled_surfaces']
 
 # %% ../nbs/0_foundations/01a_surfaces.ipynb #00000004
 from types import SimpleNamespace
 import numpy as np
-from .data import Task, _several
+from .data import Task, _several, label_anomalies
 
 # %% ../nbs/0_foundations/01a_surfaces.ipynb #00000043
 def _waves(u, v, g, low, high):
@@ -186,3 +186,12 @@ def surfaces(n_train=200, n_test=100, *, size=32, channels=1, texture='weave', k
     return Task(f'surfaces, {texture}', x_train, x_test, np.array(test_kinds) != 'normal', protocol,
                 kinds_test=test_kinds, masks_test=masks,
                 x_reserve=draw(reserve_kinds, 2)[0], kinds_reserve=reserve_kinds)
+
+# %% ../nbs/0_foundations/01a_surfaces.ipynb #78e06301
+def labelled_surfaces(seed=0, texture='weave', labels=6, kinds=None):
+    """200 normal surfaces of 64 pixels and `labels` labelled anomalies; 200 test images.
+
+    kinds: of the labelled ones, 'scratch', 'spot' or both (the default). ValueError for others.
+    """
+    t = surfaces(n_train=200, n_test=200, size=64, texture=texture, seed=seed)
+    return label_anomalies(t, labels, kinds, seed=seed)
