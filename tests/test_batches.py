@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset, TensorDataset, get_worker_info
 
 from ad_course import batches
-from ad_course.batches import Disk, Memory
+from ad_course.batches import Disk, Memory, Part
 
 from .project import ROOT, environment
 
@@ -177,3 +177,18 @@ except ValueError as e: print(e)
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT,
                           env=environment(PYTHONPATH=str(ROOT)))
     assert 'Mine is defined in the notebook or at the prompt' in done.stdout, done.stderr
+
+
+# ---------------------------------------------------------------- a part of a source
+@pytest.mark.parametrize('seed', [None, 0, 1])
+def test_part_gives_the_kept_images_with_their_labels(seed):
+    """In the order of the source underneath, however it is shuffled, and no other image."""
+    x, y = torch.rand(11, 1, 4, 4), torch.arange(11) % 2
+    kept = torch.arange(11) % 3 > 0
+    rng = lambda: None if seed is None else torch.Generator().manual_seed(seed)
+    whole = list(Memory(x, y).batches(4, rng()))
+    xs, ys = map(torch.cat, zip(*whole))
+    place = (xs[:, None] == x).flatten(2).all(2).int().argmax(1)
+    got_x, got_y = map(torch.cat, zip(*Part(Memory(x, y), kept).batches(4, rng())))
+    assert torch.equal(got_x, xs[kept[place]]) and torch.equal(got_y, ys[kept[place]])
+    assert len(Part(Memory(x, y), kept)) == len(got_x) == 7
