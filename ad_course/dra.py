@@ -138,7 +138,7 @@ class DRA(DevNet):
                 for name, s in self.head_maps(m).items()}
 
     def place_scores(self, m): return signed_sum(self.head_maps(m))
-    def image_score(self, xb): return signed_sum(self.head_scores(self.nets_.view(xb)))
+    def map_score(self, m): return signed_sum(self.head_scores(m))
 
     def map_loss(self, m, yb):
         """Equation (1): head -> its loss (b,). Labels: 2 is a pseudo-anomaly."""

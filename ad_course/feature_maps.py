@@ -257,9 +257,11 @@ class OnMaps(Detector):
         """Scores of the places of maps: (b, k, h', w') -> (b, h', w')."""
         raise NotImplementedError(f'{type(self).__name__} defines no place_scores')
 
-    def image_score(self, xb):
-        return top_mean(self.place_scores(self.nets_.view(xb)), self.top_share)
+    def map_score(self, m):
+        """Scores of images from their maps: (b, k, h', w') -> (b,)."""
+        return top_mean(self.place_scores(m), self.top_share)
 
+    def image_score(self, xb): return self.map_score(self.nets_.view(xb))
     def pixel_score(self, xb):
         return to_pixels(self.place_scores(self.nets_.view(xb)), self.shape_)
 
