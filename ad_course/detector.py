@@ -7,8 +7,8 @@ __all__ = ['FORMAT', 'TRAINING', 'load', 'plain_defaults', 'isolated', 'total_lo
            'to_json', 'from_json', 'write_atomically', 'digest', 'read_file', 'known_detectors', 'Detector']
 
 # %% ../nbs/0_foundations/04_detector.ipynb #00000005
-import contextlib, copy, functools, hashlib, importlib, inspect, json, numbers, os, pkgutil, re
-import tempfile, textwrap, threading, time, uuid
+import contextlib, copy, functools, hashlib, importlib, inspect, json, numbers, operator, os
+import pkgutil, re, tempfile, textwrap, threading, time, uuid
 from dataclasses import dataclass, fields
 from itertools import islice, takewhile
 from pathlib import Path
@@ -86,11 +86,14 @@ def isolated(seed, device='cpu'):
         yield
 
 # %% ../nbs/0_foundations/04_detector.ipynb #0000001e
-def total_loss(terms, b):
-    """The sum of the named terms: each a number, or one number an image (b,), which is averaged.
+def _mean(term):
+    """The mean of a tensor, in 32 bits at least; a number stays itself."""
+    term = term.to(torch.promote_types(term.dtype, torch.float32))
+    return term.mean() if term.ndim else term
 
-    Raises TypeError or ValueError for anything else.
-    """
+
+def _means(terms, b):
+    """Name -> mean of a term, (); the checks of `total_loss`."""
     example = 'a dict of named terms, e.g. dict(reconstruction=...)'
     if not isinstance(terms, dict):
         raise TypeError(f'a loss must be {example}; got {type(terms).__name__}')
@@ -101,8 +104,15 @@ def total_loss(terms, b):
         if tuple(term.shape) not in ((), (b,)):
             raise ValueError(f'loss term {name!r} must have shape () or ({b},), one number an '
                              f'image; got {tuple(term.shape)}. Did a (b,) meet a (b, 1)?')
-    first, *others = [term.mean() if term.ndim else term for term in terms.values()]
-    return sum(others, first)
+    return {name: _mean(term) for name, term in terms.items()}
+
+
+def total_loss(terms, b):
+    """The sum of the named terms: each a number, or one number an image (b,), which is averaged.
+
+    Raises TypeError or ValueError for anything else.
+    """
+    return functools.reduce(operator.add, _means(terms, b).values())
 
 # %% ../nbs/0_foundations/04_detector.ipynb #e48555f8
 @functools.cache   # reading the source takes longer than all the rest
@@ -499,29 +509,31 @@ class _Moves(_Scoring):
     def descend(self, player, loss, xb, *yb):
         """One step of the player down the sum of the loss's terms; nobody else moves.
 
-        player: a name in `optimizers`. loss: (xb, *yb) -> terms. Returns the terms.
+        player: a name in `optimizers`. loss: (xb, *yb) -> terms. Returns their means by name.
         """
         who = self._progress.player(player, self)
         with self.autocast(), who.alone(): terms = loss(xb, *yb)
-        total = total_loss(terms, len(xb))
-        if not who.parameters: return terms
+        means = _means(terms, len(xb))
+        total = functools.reduce(operator.add, means.values())
+        means = {name: mean.detach() for name, mean in means.items()}
+        if not who.parameters: return means
         if not total.requires_grad:
             raise ValueError(f'the loss of {player!r} must depend on its parameters; got constants')
         for p in who.parameters: p.grad = None   # zero_grad, without its bookkeeping
         total.backward(inputs=who.parameters)
         for optimizer in who.optimizers: optimizer.step()
         self._progress.moved |= who.ids
-        return terms
+        return means
 
     def step(self, xb, *yb):
-        """One batch: everybody moves in turn. Name -> term; 'player/term' if there are several."""
+        """One batch: everybody moves in turn. Name -> mean; 'player/term' if there are several."""
         progress, found = self._progress, {}
         several = len({player for player, *_ in progress.turns}) > 1
         for player, loss, every in progress.turns:
             if (progress.batches + 1) % every: continue
             for name, term in self.descend(player, loss, xb, *yb).items():
                 found.setdefault(f'{player}/{name}' if several else name, []).append(term)
-        mean = lambda terms: torch.stack([t.detach().float().mean() for t in terms]).mean()
+        mean = lambda terms: torch.stack([_mean(term.detach()) for term in terms]).mean()
         return {name: mean(terms) if len(terms) > 1 else terms[0] for name, terms in found.items()}
 
 # %% ../nbs/0_foundations/04_detector.ipynb #d2189960
@@ -550,17 +562,18 @@ class _Training(_Moves):
         progress.turns, progress.batches = _checked_turns(turns), 0
         players = [progress.player(name, self) for name, *_ in progress.turns]
         moving = set().union(*(who.ids for who in players))
-        by_name = not isinstance(batch_statistics, bool)
+        by_name, still = not isinstance(batch_statistics, bool), []
+        for name, net in self.nets_.items():
+            ids = {id(p) for p in net.parameters()}
+            if by_name and name not in batch_statistics or ids and ids.isdisjoint(moving):
+                still.append(net)
         title = f'{type(self).__name__} {label}'.strip(' /')
         done = progress.checkpoint.catch_up(self, epochs) if progress.checkpoint else 0
         with progress_bar(epochs, title, self._quiet()) as bar:
             bar.update(done)
             for epoch in range(done + 1, epochs + 1):
                 self.nets_.train(bool(batch_statistics))
-                for name, net in self.nets_.items():
-                    ids = {id(p) for p in net.parameters()}
-                    still = by_name and name not in batch_statistics
-                    if still or (ids and ids.isdisjoint(moving)): net.eval()
+                for net in still: net.eval()
                 self._epoch(data, label)
                 self.nets_.eval()
                 bar.update()
@@ -575,7 +588,7 @@ class _Training(_Moves):
             labels = [yb] if self.uses_labels else []
             for name, term in self.step(xb, *labels).items():
                 total, n = sums.get(name, (0, 0))
-                sums[name] = total + term.detach().float().mean() * len(xb), n + len(xb)
+                sums[name] = total + _mean(term.detach()) * len(xb), n + len(xb)
             progress.batches += 1
             for name, average in progress.averages.items():
                 average.update_parameters(self.nets_[name])
