@@ -649,7 +649,7 @@ class _Fitting(_Training):
         self._progress = _Progress(self, data, checkpoint)
         try: self.train(data)
         except KeyboardInterrupt:
-            learned_once = not any(p.numel() for p in self.nets_.parameters())
+            learned_once = not any(p.requires_grad for p in self.nets_.parameters())
             if learned_once or self._progress.untrained(self.nets_): raise
             self.tell('fit was interrupted: the model is what had been learned by then')
         self._progress.finish(self.nets_)
