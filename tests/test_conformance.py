@@ -39,13 +39,16 @@ SETTINGS = {
     'ganomaly.GANomaly': dict(epochs=60),
     'localize.MapAE': dict(epochs=40, batch_size=32, smoothing=1, top=.1),
     'localize.SSIMAE': dict(epochs=30, batch_size=32, top=.2),
+    'pretrained.DN2': dict(size=32),
+    'pretrained.Mahalanobis': dict(size=32),
+    'pretrained.NearestPatches': dict(),
     'rda.RDA': dict(epochs=20, batch_size=32, lr=3e-3),
 }
 # (c, h, w) of the images for those that do not take 8x8.
 SHAPES = {'deepsvdd.LeNetSVDD': (1, 28, 28)}
 # Classes that others complete: there is nothing to fit.
 BASES = {'ae.Reconstructor', 'baselines.ClosedForm', 'classical.Kernelized', 'classical.OnFeatures',
-         'localize.MapScore'}
+         'feature_maps.OnMaps', 'localize.MapScore', 'pretrained.OnPooled'}
 
 OWN = {title(c): c for c in known_detectors() if c.__module__.startswith(f'{LIB}.')}
 DETECTORS = sorted(OWN)
