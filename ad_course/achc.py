@@ -71,10 +71,11 @@ class ACHC(CWDSVDD):
         self.require_whole('latent_dim', least=1)
 
     def networks(self, shape):
-        nets, widths = super().networks(shape), (self.latent_dim, 8 * self.width, self.components)
+        nets = super().networks(shape)
         if not (self.generated_weight or self.similarity_weight): return nets   # nobody to play
-        if self.features is not None: return nets | dict(generator=mlp(widths))
-        return nets | dict(generator=generator(shape, self.latent_dim, self.arch, self.width))
+        if self.features is None: net = generator(shape, self.latent_dim, self.arch, self.width)
+        else: net = mlp((self.latent_dim, 8 * self.width, len(nets['features'].axes)))
+        return nets | dict(generator=net)
 
     def optimizers(self):
         """One Adam for the network before the game, and one for the generator."""

@@ -4,17 +4,21 @@
 
 # %% auto #0
 __all__ = ['equation_6', 'balanced_radius', 'Features', 'feature_rows', 'wrapping_bank', 'Bank', 'unit_sphere', 'label_weights',
-           'CWDSVDD']
+           'conformal_quantile', 'images_at', 'check_folds', 'cross_fitted_radius', 'CWDSVDD']
 
 # %% ../nbs/3_one_class/35_cwdsvdd.ipynb #00000005
+import warnings
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 import numpy as np
 import torch
+from sklearn.base import clone
 from sklearn.decomposition import PCA
 from torch import nn
+from torch.utils.data import Subset
 from .backbones import BACKBONES, backbone
-from .batches import FeatureRows, OnlyNormal
+from .baselines import whitening
+from .batches import Disk, FeatureRows, OnlyNormal
 from .deepsvdd import DeepSVDD, check_collapse, contrast_range, warm_start
 from .detector import Detector
 from .networks import decay_terms, decoder, mlp
@@ -53,12 +57,19 @@ def balanced_radius(normal, nu=.1, mu=.1, repelled=()):
 class Features(nn.Module):
     """Principal components of images, or of a frozen backbone's features: (b, ...) -> (b, k).
 
-    shape: (c, h, w) of one image. k: how many. name: 'pca', or a network of `backbones`.
+    shape: (c, h, w) of one image. k: how many; None: all d directions, whitened with shrinkage.
+    name: 'pca', or a network of `backbones`. Raises ValueError for too many to whiten.
     """
-    def __init__(self, shape, k, name='pca'):
+    MOST = 8192   # numbers to whiten: a matrix of so many rows and columns is 256 MiB
+
+    def __init__(self, shape, k=None, name='pca'):
         super().__init__()
         self.name, self.backbone = name, None if name == 'pca' else backbone(name, weights=None)
         d = prod(shape) if self.backbone is None else self.backbone.dim
+        self.white, k = k is None, d if k is None else k
+        if self.white and d > self.MOST:
+            raise ValueError(f'features must be at most {self.MOST} numbers to be whitened; got '
+                             f'{d}. Set components, or take a backbone')
         self.register_buffer('mean', torch.zeros(d))
         self.register_buffer('axes', torch.zeros(k, d))
 
@@ -74,17 +85,22 @@ class Features(nn.Module):
         self.backbone.load_state_dict(backbone(self.name, weights).state_dict())
 
     def fit(self, rows):
-        """Mean and axes, scaled to unit mean variance, from rows (n, d). ValueError: too few."""
+        """Mean and axes from rows (n, d): components of unit mean variance, or whitened ones.
+
+        Raises ValueError where there are too few rows, or all are the same.
+        """
         k, n, d = len(self.axes), *rows.shape
         if not np.ptp(rows, axis=0).any():
             raise ValueError('the training images must differ in their features; '
                              'got the same for all')
-        if k > min(n, d):
+        if k > min(n, d) and not self.white:
             raise ValueError(f'components must be at most the number of images and of features; '
                              f'got {k} for {n} images with {d} features each')
-        pca = PCA(k, svd_solver='full').fit(rows)
-        axes = pca.components_ / np.sqrt(pca.explained_variance_.mean())
-        for buffer, value in ((self.mean, pca.mean_), (self.axes, axes)):
+        if self.white: mean, axes = whitening(rows)
+        else:
+            pca = PCA(k, svd_solver='full').fit(rows)
+            mean, axes = pca.mean_, pca.components_ / np.sqrt(pca.explained_variance_.mean())
+        for buffer, value in ((self.mean, mean), (self.axes, axes)):
             buffer.copy_(torch.as_tensor(np.ascontiguousarray(value), dtype=torch.float32))
 
 # %% ../nbs/3_one_class/35_cwdsvdd.ipynb #ac68a9df
@@ -154,6 +170,49 @@ def label_weights(y, share):
     """
     return (y == 0) / (1 - share), (y == 1) / share if share else None
 
+# %% ../nbs/3_one_class/35_cwdsvdd.ipynb #6c8d7d22
+def conformal_quantile(scores, nu):
+    """The smallest of scores (n,) that a new one of their kind exceeds with probability <= nu.
+
+    Where n is below 1/nu - 1 none is large enough: the largest.
+    """
+    scores = np.asarray(scores)
+    rank = min(len(scores), ceil((1 - nu) * (len(scores) + 1) - 1e-9))
+    return float(np.partition(scores, rank - 1)[rank - 1])
+
+
+def images_at(data, index):
+    """Images and labels at positions of a source of batches, as `fit` takes them."""
+    if not isinstance(data, Disk): return data.x[index], data.y[index]
+    y = data.reader.y
+    return Subset(data.dataset, index.tolist()), None if y is None else y[index]
+
+
+def check_folds(folds, n):
+    """ValueError where n normal images are too few for so many folds."""
+    if folds <= n // 2: return
+    raise ValueError('folds must be at most half the number of normal images; '
+                     f'got {folds} for {n}')
+
+
+def cross_fitted_radius(detector, data, y):
+    """R with about a share nu of new normal images outside; y: labels (n,) of the source.
+
+    Each part of the normal images is measured by a copy that is trained without it. Labelled
+    images stay in every training.
+    """
+    normal, found, copy = np.flatnonzero(y == 0), [], clone(detector)
+    copy.set_params(radius='training', verbose=False)
+    order = np.random.default_rng(int(detector.seed)).permutation(normal)
+    for part in np.array_split(order, detector.folds):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')   # of the copies' own thresholds
+            copy.fit(*images_at(data, np.setdiff1d(np.arange(len(y)), part)))
+        scores = copy.decision_function(images_at(data, part)[0])
+        found.append(scores / (copy.radius_**2 or 1.))
+    share = conformal_quantile(np.concatenate(found), detector.nu)
+    return float(np.sqrt(share)) * detector.radius_
+
 # %% ../nbs/3_one_class/35_cwdsvdd.ipynb #00000030
 @dataclass(kw_only=True, eq=False, repr=False)
 class CWDSVDD(DeepSVDD):
@@ -170,12 +229,14 @@ class CWDSVDD(DeepSVDD):
     rule: str = 'chained'       # how epsilon is estimated, see `density_epsilon`
     redraw_every: int = 0       # epochs between two draws of wrapping points; 0: one draw
     features: str = None        # None: images; 'pca': components; or a network of `backbones`
-    components: int = 32        # principal components of the features
+    components: int | None = 32  # principal components of the features; None: all, whitened
     weights: str = 'imagenet'   # of the backbone; 'random' only for trials
+    radius: str = 'training'    # images that set the threshold R^2; 'cross-fitted': left out ones
+    folds: int = 10             # parts to leave out one after the other, each a training more
     # wrapping points that are close are felt at once; a trial has no backbone
     acts_with = dict(nu={}, warm_up={}, mu=dict(epsilon_factor=.1), arch=dict(features=None),
                      redraw_every=dict(epsilon_factor=.1), components=dict(features='pca'),
-                     weights=None)
+                     weights=None, folds=dict(radius='cross-fitted'))
 
     def check_params(self):
         super().check_params()
@@ -183,13 +244,16 @@ class CWDSVDD(DeepSVDD):
         self.require_number('mu', 'epsilon_factor', above=0)
         self.require_choice('features', (None, 'pca', *BACKBONES))
         self.require_choice('weights', ('imagenet', 'random'))
-        self.require_whole('components', least=1)
+        if self.components is not None: self.require_whole('components', least=1)
+        self.require_choice('radius', ('training', 'cross-fitted'))
+        self.require_whole('folds', least=2)
         self.require_choice('objective', ('soft-boundary',))   # equation (6) has no other
 
     def networks(self, shape):
         if self.features is None: return super().networks(shape)
-        head = mlp((self.components, 8 * self.width, self.code_dim), nn.LeakyReLU, bias=False)
-        return dict(encoder=head, features=Features(shape, self.components, self.features))
+        features = Features(shape, self.components, self.features)
+        widths = len(features.axes), 8 * self.width, self.code_dim
+        return dict(encoder=mlp(widths, nn.LeakyReLU, bias=False), features=features)
 
     def for_features(self, xb):
         """What features are taken of: contrast for components, the image for a backbone."""
@@ -225,9 +289,10 @@ class CWDSVDD(DeepSVDD):
         return dict(distance=normal * self.squared_distances(xb))
 
     def train(self, data):
-        """Features, warm start, warm-up, a sphere of radius 1, then equation (6)."""
+        """Features, warm start, warm-up, a sphere of radius 1, equation (6), the last radius."""
         y = np.concatenate([yb.cpu().numpy() for _, yb in data.batches(self.batch_size)])
         self.unknown_share_ = float(y.mean())
+        if self.radius == 'cross-fitted': check_folds(self.folds, (y == 0).sum())
         normal = lambda source: OnlyNormal(source, int((y == 0).sum())) if y.any() else source
         if self.gcn: self.contrast_range_ = contrast_range(normal(data).batches(self.batch_size))
         seen = data if self.features is None else feature_rows(self, data)
@@ -241,12 +306,13 @@ class CWDSVDD(DeepSVDD):
         self.draw_bank(seen)
         try: self.train_sphere(seen)
         finally: self.bank = ()
+        if self.radius == 'cross-fitted': self.radius_ = cross_fitted_radius(self, data, y)
 
     def pretrain(self, data):
         """The warm start, with a decoder for images or for features."""
-        widths = self.code_dim, 8 * self.width, self.components
-        mirror = (mlp(widths) if self.features is not None else
-                  decoder(self.shape_, self.code_dim, self.arch, self.width))
+        if self.features is None:
+            mirror = decoder(self.shape_, self.code_dim, self.arch, self.width)
+        else: mirror = mlp((self.code_dim, 8 * self.width, len(self.nets_.features.axes)))
         warm_start(self, data, mirror, self.pretrain_epochs, self.pretrain_lr)
 
     def train_sphere(self, data):

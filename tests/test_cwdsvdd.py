@@ -1,16 +1,20 @@
 """CWD-SVDD: the radius against a search, every term against hand values and closed-form gradients,
 what each set of images may touch; and mutants that each check must catch."""
 import warnings
+from itertools import permutations
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from ad_course import cwdsvdd
+from ad_course.achc import ACHC
 from ad_course.check import check_detector
-from ad_course.cwdsvdd import (Bank, CWDSVDD, Features, balanced_radius, equation_6, feature_rows,
-                               label_weights, unit_sphere, wrapping_bank)
+from ad_course.baselines import whitening
+from ad_course.cwdsvdd import (Bank, CWDSVDD, Features, balanced_radius, conformal_quantile,
+                               equation_6, feature_rows, label_weights, unit_sphere, wrapping_bank)
 from ad_course.data import digits
 from ad_course.deepsvdd import contrast_normalize, quantile_radius
 from ad_course.detector import isolated, total_loss
@@ -146,6 +150,162 @@ def test_features_follow_the_covariance():
     assert abs(covariance[0, 1]) < 1e-3
     three = Features((1, 1, 3), 3)
     with pytest.raises(ValueError, match='at most .* got 3 for 2 images'): three.fit(points[:2])
+
+
+def whitened(rows):
+    """Features of rows (n, d), all of them whitened."""
+    features = Features((1, 1, rows.shape[1]))
+    features.fit(rows)
+    return features
+
+
+@pytest.mark.parametrize('n', [20, 300])
+def test_whitened_features_have_the_distances_of_mahalanobis(n):
+    """Fewer rows than numbers, and more; nothing is left out."""
+    g = np.random.default_rng(0)
+    rows, later = (g.normal(size=(m, 40)) * np.geomspace(3, .01, 40) + 1 for m in (n, 9))
+    mean, matrix = whitening(rows)
+    seen = whitened(rows)(torch.tensor(later).float().view(9, 1, 1, 40)).double().numpy()
+    np.testing.assert_allclose((seen**2).sum(1), (((later - mean) @ matrix)**2).sum(1), rtol=1e-3)
+    assert seen.shape == (9, 40)
+
+
+def test_whitened_features_refuse_what_they_cannot_whiten():
+    with pytest.raises(ValueError, match='the same for all'): whitened(np.ones((5, 3)))
+    with pytest.raises(ValueError, match='at most 8192 numbers to be whitened; got 12288'):
+        CWDSVDD(**SMALL, features='pca', components=None).fit(np.random.rand(4, 3, 64, 64))
+
+
+@pytest.mark.parametrize('cls', [CWDSVDD, ACHC])
+def test_a_head_on_whitened_features(cls):
+    d = cls(**SMALL | dict(pretrain_epochs=1), features='pca', components=None).fit(X[:60])
+    views = d.map_normal(d.prepare, d.as_batches(X[:60]))
+    assert views.shape == (60, 64) and np.isfinite(d.decision_function(X)).all()
+    flat = contrast_normalize(torch.tensor(X[:60])).flatten(1).double().numpy()
+    low, high = d.contrast_range_
+    mean, matrix = whitening((flat - low) / (high - low))
+    np.testing.assert_allclose(views, ((flat - low) / (high - low) - mean) @ matrix, atol=1e-2)
+
+
+# ---------------------------------------------------------------- the cross-fitted radius
+def check_conformal(quantile):
+    """By counting all orders of n scores and a new one."""
+    for n in range(1, 6):
+        for nu in (.1, .2, .25, .4, .5, .9):
+            orders = [*permutations(range(n + 1))]
+            above = np.mean([order[n] > quantile(order[:n], nu) for order in orders])
+            least = max(nu, 1 / (n + 1))       # the largest of n is as far as one can go
+            assert above <= least + 1e-9, f'too many above: n {n}, nu {nu}'
+            assert above > least - 1 / (n + 1) - 1e-9, f'too few above: n {n}, nu {nu}'
+
+
+def test_the_conformal_quantile():
+    check_conformal(conformal_quantile)
+    assert conformal_quantile([3., 1, 2], .25) == 3 and conformal_quantile([3., 1, 2], .5) == 2
+    for wrong, why in ((lambda s, nu: np.quantile(s, 1 - nu, method='lower'), 'many'),
+                       (lambda s, nu: max(s), 'few')):
+        assert_caught(check_conformal, wrong, why)
+
+
+FIVE = SMALL | dict(radius='cross-fitted', folds=5)
+
+
+def check_cross_fitted(cls):
+    """Each normal image is left out once; the copies have all labelled ones; nothing else moves."""
+    seen = []
+    class Listens(cls):
+        def train(self, data):
+            """As before, and noted."""
+            seen.append((data.x[data.y == 0].clone(), int(data.y.sum()), self.radius))
+            super().train(data)
+    d, plain = Listens(**FIVE).fit(X, Y), cls(**SMALL).fit(X, Y)
+    assert np.allclose(d.decision_function(X), plain.decision_function(X)), 'scores moved'
+    assert [radius for *_, radius in seen] == ['cross-fitted'] + ['training'] * 5, 'trainings'
+    assert all(labelled == 20 for _, labelled, _ in seen), 'labelled images left out'
+    held, whole = [], set(map(bytes, seen[0][0].numpy()))
+    for part, *_ in seen[1:]:
+        left = whole - set(map(bytes, part.numpy()))
+        held += left
+        assert len(left) == 12, 'size of a part'
+    assert len(held) == len(set(held)) == 60, 'not each image once'
+    shares = []
+    for part, *_ in seen[1:]:
+        model = cls(**SMALL).fit(np.concatenate([part, X[60:]]), np.repeat([0, 1], [48, 20]))
+        known = set(map(bytes, part.numpy()))
+        left = np.stack([x for x in X[:60].astype('float32') if x.tobytes() not in known])
+        shares.append(model.decision_function(left) / model.radius_**2)
+    want = plain.radius_**2 * conformal_quantile(np.concatenate(shares), d.nu)
+    assert np.isclose(d.threshold_, want, rtol=1e-4), 'threshold'
+    assert np.isclose(d.radius_**2, d.threshold_), 'radius'
+
+
+@pytest.mark.filterwarnings('ignore:the threshold of')
+@pytest.mark.parametrize('cls', [CWDSVDD, ACHC])
+def test_the_cross_fitted_radius(cls): check_cross_fitted(cls)
+
+
+def seen_by_all(d, data, y):
+    """The parts measured by copies that have seen them."""
+    own = d.map_normal(d.squared_distances, data)
+    return conformal_quantile(own, d.nu)**.5
+
+
+def without_labelled(data, index):
+    index = index[data.y[index].numpy() == 0]
+    return data.x[index], data.y[index]
+
+
+def test_wrong_cross_fitting_is_caught():
+    with mutant(cwdsvdd, cross_fitted_radius=seen_by_all):
+        assert_caught(check_cross_fitted, CWDSVDD, 'trainings')
+    with mutant(cwdsvdd, images_at=without_labelled):
+        assert_caught(check_cross_fitted, CWDSVDD, 'labelled')
+    with mutant(cwdsvdd, conformal_quantile=lambda s, nu: float(np.quantile(s, 1 - nu))):
+        assert_caught(check_cross_fitted, CWDSVDD, 'threshold')
+
+
+@pytest.mark.filterwarnings('ignore:the threshold of')
+def test_new_rows_outside_of_a_cross_fitted_radius():
+    """About nu of the rows of a known law, where the training radius has nearly all outside."""
+    g, out = np.random.default_rng(0), []
+    width = np.geomspace(3, .3, 64)
+    for seed in range(4):
+        seen, later = (.5 + .04 * g.normal(size=(n, 1, 1, 64)) * width for n in (60, 300))
+        seen, later = seen.clip(0, 1), later.clip(0, 1)
+        params = SMALL | dict(features='pca', components=None, gcn=False, seed=seed, warm_up=5)
+        out.append([CWDSVDD(**params, radius=radius).fit(seen).predict(later).mean()
+                    for radius in ('training', 'cross-fitted')])
+    training, cross = np.mean(out, 0)
+    assert training > .5 and .02 < cross < .15
+
+
+def test_a_cross_fitted_radius_of_a_dataset_equals_that_of_an_array():
+    x, y = torch.tensor(X).float(), torch.tensor(Y)
+    a, b = CWDSVDD(**FIVE).fit(x, Y), CWDSVDD(**FIVE).fit(TensorDataset(x, y))
+    c = CWDSVDD(**FIVE).fit(TensorDataset(x), Y)
+    assert a.threshold_ == pytest.approx(b.threshold_, rel=1e-5)
+    assert a.threshold_ == pytest.approx(c.threshold_, rel=1e-5)
+
+
+def test_too_few_images_for_the_folds():
+    with pytest.raises(ValueError, match='at most half .* normal images; got 5 for 9'):
+        CWDSVDD(**FIVE).fit(X[:9])
+    CWDSVDD(**FIVE).fit(X[:10])
+
+
+def test_a_cross_fitted_training_goes_on(tmp_path):
+    """From a checkpoint: the same threshold."""
+    whole = CWDSVDD(**FIVE).fit(X[:60])
+    class Stops(CWDSVDD):
+        def after_epoch(self, data, epoch):
+            """As before, and an end."""
+            super().after_epoch(data, epoch)
+            if self.ends and epoch == 2: raise RuntimeError('stop')
+    Stops.ends = True
+    with pytest.raises(RuntimeError): Stops(**FIVE).fit(X[:60], checkpoint=tmp_path / 'a')
+    Stops.ends = False
+    again = Stops(**FIVE).fit(X[:60], checkpoint=tmp_path / 'a')
+    assert again.threshold_ == pytest.approx(whole.threshold_, rel=1e-5)
 
 
 # ---------------------------------------------------------------- checks of the class
@@ -540,13 +700,20 @@ def test_promises_with_features():
     check_detector(CWDSVDD(features='pca', components=16, redraw_every=3, mu=.5))
 
 
+@pytest.mark.filterwarnings('ignore')
+def test_promises_whitened_and_cross_fitted():
+    check_detector(CWDSVDD(features='pca', components=None, radius='cross-fitted', folds=2,
+                           epsilon_factor=.1, epochs=5, warm_up=3, pretrain_epochs=3))
+
+
 @pytest.mark.parametrize('params, match', [
     (dict(nu=0), 'nu'), (dict(nu=1), 'nu'), (dict(mu=0), 'mu'), (dict(mu=float('nan')), 'mu'),
     (dict(epsilon_factor=0), 'epsilon_factor'), (dict(wraps=-1), 'wraps'),
     (dict(redraw_every=1.5), 'redraw_every'), (dict(objective='one-class'), 'objective'),
     (dict(features='resnet19'), 'features'), (dict(components=0), 'components'),
     (dict(features='pca', components=90), 'got 90'), (dict(rule='far'), 'rule'),
-    (dict(weights=None), 'weights')])
+    (dict(weights=None), 'weights'), (dict(radius='test'), 'radius'), (dict(folds=1), 'folds'),
+    (dict(folds=2.5), 'folds'), (dict(components=2.5), 'components')])
 def test_bad_settings_are_named(params, match):
     with pytest.raises(ValueError, match=match): CWDSVDD(**SMALL | params).fit(X[:60])
 
