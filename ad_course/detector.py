@@ -376,6 +376,7 @@ class _Scoring(_Hooks):
         """The hook `f` for all images, batch by batch: one array (n, ...) of so many dims."""
         if not hasattr(self, 'threshold_'):
             raise NotFittedError(f'this {type(self).__name__} is not fitted yet: call fit(x) first')
+        self.check_params()                               # some may be set after fit
         data = self.as_batches(x)
         if data.shape != self.shape_:
             raise ValueError(f'images must have the shape {self.shape_} (channels, height, width) '

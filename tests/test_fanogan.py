@@ -528,3 +528,13 @@ def test_training_makes_a_detector():
         trained = fit(FAnoGAN, epochs=40)
         others = fit(FAnoGAN, epochs=0), fit(RandomGenerator, epochs=0, encoder_epochs=40)
         assert trained > max(.9, max(others) + .1), f'{trained:.3f}, others {others}'
+
+
+def test_what_is_set_after_fit_is_checked_before_a_score():
+    d = FAnoGAN(**SMALL | dict(epochs=1)).fit(X)
+    before = d.decision_function(X)
+    d.set_params(feature_weight=-1)
+    for f in (d.decision_function, d.predict, d.anomaly_map, d.encode, d.calibrate):
+        with pytest.raises(ValueError, match='FAnoGAN: feature_weight must be .*; got -1'): f(X)
+    again = d.set_params(feature_weight=FAnoGAN.feature_weight).decision_function(X)
+    assert np.array_equal(again, before)
