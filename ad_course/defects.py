@@ -6,7 +6,7 @@
 __all__ = ['AITEX', 'DIOR', 'kolektor_sdd', 'aitex', 'elpv', 'head_ct', 'brain_mri', 'dior_crops']
 
 # %% ../nbs/0_foundations/01c_defects.ipynb #89a749d7
-import csv, re
+import csv, numbers, re
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -161,11 +161,12 @@ def elpv(path=None, *, at_least=1, size=128, test_fraction=.3, reserve=.2, seed=
     at_least: the probability from which a cell is an anomaly; 0 is normal, the rest is left out.
     size: pixels a side, a number or (h, w).  test_fraction, reserve, seed: as in `one_class`.
     Raises FileNotFoundError for missing files, ValueError for broken ones."""
-    if not 0 < at_least <= 1: raise ValueError(f'at_least must be above 0, up to 1; got {at_least}')
+    if not (isinstance(at_least, numbers.Real) and 0 < at_least <= 1):
+        raise ValueError(f'at_least must be above 0, up to 1; got {at_least!r}')
     if path is None and smoke(False, True): return _drawn('ELPV', ['mono', 'poly'], 6, size, seed)
     folder = _at(path, _ELPV, 'the folder of ELPV, or an .npz of it', _ELPV_HELP)
     x, p, cells = (_packed_cells if folder.is_file() else _read_cells)(folder, size)
-    sure = (p == 0) | (p > at_least - .01)                          # 2/3 has many spellings
+    sure = (p == 0) | (p.round(2) >= np.round(at_least, 2))         # 2/3 may be written .67
     task = one_class(x[sure], np.where(p == 0, 'normal', cells)[sure], normal='normal', name='ELPV',
                      test_fraction=test_fraction, reserve=reserve, seed=seed)
     split = 'probability 0 normal, from {:g} an anomaly, {} cells between left out'
@@ -210,6 +211,8 @@ def head_ct(path=None, *, size=128, test_fraction=.3, reserve=.2, seed=0):
     if not table.is_file(): raise FileNotFoundError(f'{table} must exist; got none. {_HEAD_HELP}')
     paths = {p.stem: p for p in _pictures(inner if inner.is_dir() else folder)}
     rows = [[v.strip() for v in row] for row in csv.reader(table.read_text('utf8').splitlines())]
+    if not (rows and rows[0]) or rows[0][0].isdigit():      # else the first image would be lost
+        raise ValueError(f'{table} must begin with the names of its columns; got {rows[:1]}')
     for i, row in enumerate(rows := [row for row in rows[1:] if any(row)]):
         if len(row) != 2 or not row[0].isdigit() or row[1] not in ('0', '1'):
             raise ValueError(f'{table} must have rows "id, 0 or 1"; got {row} at {i}')

@@ -196,7 +196,8 @@ def cells(tmp_path):
 
 def test_cells(cells, monkeypatch):
     monkeypatch.setenv('AD_COURSE_DATA', str(cells.parent))
-    for at_least, odd in ((1, 8), (2 / 3, 12), (.67, 12), (1 / 3, 16), (.34, 16)):
+    for at_least, odd in ((1, 8), (2 / 3, 12), (.67, 12), (.34, 12), (1 / 3, 16),
+                          (.33, 16)):
         t = elpv(size=20, at_least=at_least)
         assert t.y_test.sum() + len(t.x_reserve) == odd
         assert len(t.x_train) + (t.y_test == 0).sum() == 14 and t.masks_test is None
@@ -207,13 +208,13 @@ def test_cells(cells, monkeypatch):
     inner = cells / 'src/elpv_dataset/data'                 # where newer releases keep it
     inner.mkdir(parents=True)
     for name in ('images', 'labels.csv'): (cells / name).rename(inner / name)
-    assert same(elpv(size=20, at_least=.34), t)
+    assert same(elpv(size=20, at_least=.33), t)
 
 
 def test_elpv_errors(cells):
     with pytest.raises(FileNotFoundError, match='nowhere must be .*zae-bayern'): elpv('nowhere')
-    for wrong in (0, 1.1, np.nan):
-        with pytest.raises(ValueError, match=f'at_least must be .*got {wrong}'):
+    for wrong in (0, 1.1, np.nan, '1', None):
+        with pytest.raises(ValueError, match=f'at_least must be .*got {wrong!r}'):
             elpv(cells, at_least=wrong)
     table = cells / 'labels.csv'
     rows = table.read_text()
@@ -279,6 +280,10 @@ def test_slices_errors(heads):
     for bad in ('30', '30,2', 'x,1', '30,1,1'):
         table.write_text(rows + bad)
         with pytest.raises(ValueError, match='labels.csv must have rows .*at 30'):
+            head_ct(heads / 'head_ct')
+    for bad in (rows.partition('\n')[2], '\n' + rows, ''):      # no names: an image would be lost
+        table.write_text(bad)
+        with pytest.raises(ValueError, match='labels.csv must begin with the names of its columns'):
             head_ct(heads / 'head_ct')
     table.write_text(rows + '30,1')
     with pytest.raises(FileNotFoundError, match='must name images; got no 030.png'):
