@@ -9,6 +9,7 @@ __all__ = ['BACKBONES', 'PACKAGED', 'WEIGHTS', 'MEAN', 'STD', 'HELP', 'weights_e
 # %% ../nbs/0_foundations/08_backbones.ipynb #00000005
 import hashlib
 import importlib.util
+import re
 from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlparse
@@ -38,7 +39,7 @@ def _check_name(name, weights='imagenet', size=None):
         raise ValueError(f'name must be one of {", ".join(BACKBONES)}; got {name!r}')
     if weights not in WEIGHTS:
         raise ValueError(f'weights must be one of {WEIGHTS}; got {weights!r}')
-    whole = size is None or (isinstance(size, int) and not isinstance(size, bool))
+    whole = size is None or is_number(size, least=0, whole=True)
     if not whole or (size and size < 32):
         raise ValueError('size must be None (the usual one), 0 (images as they are) or a whole '
                          f'number from 32; got {size!r}')
@@ -72,8 +73,14 @@ def weights_file(name, weights='imagenet'):
 
 # %% ../nbs/0_foundations/08_backbones.ipynb #0000000d
 def check_file(path):
-    """Raises RuntimeError where a file's SHA-256 does not begin as its name says: NAME-DIGITS."""
+    """Raises RuntimeError where a file's SHA-256 does not begin as its name says: NAME-DIGITS.
+
+    The digits are hexadecimal, eight or more: a name that promises less is refused, too.
+    """
     promised = Path(path).stem.rpartition('-')[2]
+    if not re.fullmatch('[0-9a-f]{8,}', promised):
+        raise RuntimeError(f'the name of {path} must end in eight digits or more of its SHA-256; '
+                           f'got {promised!r}')
     found = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     if not found.startswith(promised):
         raise RuntimeError(f'the SHA-256 of {path} must begin with {promised}, as its name says; '
@@ -174,7 +181,7 @@ class Backbone(nn.Module):
         _check_name(name, size=size)
         super().__init__()
         usual = 224 if name == 'vit_b_16' else smoke(PACKAGED.get(name, 224), 32)
-        self.name, self.size = name, usual if size is None else size
+        self.name, self.size = name, usual if size is None else int(size)
         self.dim, head = BACKBONES[name]
         self.interpolation, mean, std = trained_on(name)
         setattr(net, head, nn.Identity())
@@ -218,9 +225,9 @@ def _check_batch(x):
 def _check_seen(name, h, w):
     """Raises ValueError unless a network of this name can look at images of h by w pixels."""
     if min(h, w) < 32:
-        raise ValueError(f'{name} must see at least 32 pixels a side; got {h}x{w} with size=0')
+        raise ValueError(f'{name} must see at least 32 pixels a side; got {h}x{w}')
     if name == 'vit_b_16' and (h, w) != (224, 224):
-        raise ValueError(f'vit_b_16 must see 224x224 pixels; got {h}x{w} with size=0')
+        raise ValueError(f'vit_b_16 must see 224x224 pixels; got {h}x{w}')
 
 # %% ../nbs/0_foundations/08_backbones.ipynb #00000019
 def backbone(name='resnet18', weights='imagenet', size=None):

@@ -2,6 +2,7 @@
 import hashlib
 import sys
 
+import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_sample_image
@@ -329,6 +330,15 @@ def test_sizes_that_a_network_cannot_see():
         b = Backbone(nn.Module(), name, 0)
         with pytest.raises(ValueError, match=message): b(images(1, 3, h, w))
     assert b.prepare(images(1, 3, 224, 224)).shape == (1, 3, 224, 224)
+    b = Backbone(nn.Module(), 'resnet18', 64)
+    b.size = 16
+    with pytest.raises(ValueError, match='see at least 32 pixels a side; got 16x16$'):
+        b(images(1, 3, 64, 64))
+
+
+def test_a_whole_number_of_numpy_is_a_size():
+    b = Backbone(nn.Module(), 'resnet18', np.int64(64))
+    assert type(b.size) is int and b.prepare(images(1, 3, 40, 40)).shape == (1, 3, 64, 64)
 
 
 # ---------------------------------------------------------------- weights, with files for a server
@@ -416,6 +426,10 @@ def test_check_file(tmp_path):
     check_file(good)
     good.write_bytes(b'abd')
     with pytest.raises(RuntimeError, match='delete it'): check_file(good)
+    for name in ('net-.pth', 'net.pth', 'net-ba7816b.pth', 'net-weights1.pth'):   # no such promise
+        (tmp_path/name).write_bytes(b'abc')
+        with pytest.raises(RuntimeError, match=f'the name of .*{name} must end in eight digits'):
+            check_file(tmp_path/name)
 
 
 # ---------------------------------------------------------------- weights from packages
