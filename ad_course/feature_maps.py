@@ -12,12 +12,12 @@ import functools
 import hashlib
 import inspect
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 import torch
 from joblib import Memory
 from torch import nn
 from torch.nn import functional as F
-from .backbones import BACKBONES, PACKAGED, Backbone, backbone, features
+from .backbones import BACKBONES, PACKAGED, Backbone, backbone, features, trained_on
 from .batches import BalancedRows
 from .data import as_images
 from .datasets import data_root
@@ -48,14 +48,21 @@ def stages(b):
     raise ValueError(f'maps must come from a network with stages; got {b.name}')
 
 
+def _check_strides(strides):
+    """ValueError unless these are some of `STRIDES`, in a tuple or a list."""
+    if not hasattr(strides, '__len__'):
+        raise ValueError(f'strides must be a tuple such as (16,); got {strides!r}')
+    if not len(strides) or not set(strides) <= {*STRIDES}:
+        raise ValueError(f'strides must be some of {STRIDES}; got {strides!r}')
+
+
 def maps(b, xb, strides=(16,)):
     """Feature maps of a batch: images (b, c, h, w) in [0, 1] -> a list of (b, k, h', w').
 
     strides: of `STRIDES`; one map for each, in their order. The network runs as far as the
     largest. ValueError for other strides.
     """
-    if not len(strides) or not set(strides) <= {*STRIDES}:
-        raise ValueError(f'strides must be some of {STRIDES}; got {strides!r}')
+    _check_strides(strides)
     h, found = b.prepare(xb), {}
     for stride, stage in zip(STRIDES, stages(b)):
         if stride > max(strides): break
@@ -88,15 +95,17 @@ def _digest(words, tensors):
 
 
 def fingerprint(b):
-    """A digest of all that a backbone computes with: its name, weights and constants."""
-    return _digest(b.name, b.state_dict() | dict(mean=b.mean, std=b.std))
+    """A digest of all that a backbone computes with: name, weights, constants, resizing."""
+    return _digest((b.name, str(b.interpolation)), b.state_dict() | dict(mean=b.mean, std=b.std))
 
 
 @functools.cache
 def _code():
     """A digest of the code between an image and its maps, and of the libraries' versions."""
-    ours = inspect.getsource(Backbone), *map(inspect.getsource, (stages, maps))
-    return _digest((*ours, torch.__version__, version('torchvision')), {})
+    ours = map(inspect.getsource, (Backbone, trained_on, stages, maps))
+    try: extra = version('timm')
+    except PackageNotFoundError: extra = ''     # then no network is timm's, either
+    return _digest((*ours, torch.__version__, version('torchvision'), extra), {})
 
 
 def _compute(b, batch_size, x, weights, code, size, strides):
@@ -109,11 +118,13 @@ def kept(b, x, strides=None, folder=None, batch_size=64):
     """`features` of images, or their `feature_maps` at `strides`; computed once, kept in a folder.
 
     Found again for the same pixels, weights, code, size and strides. folder: default `features` in
-    `data_root`. A damaged file is computed anew.
+    `data_root`. A damaged file is computed anew. ValueError for wrong strides.
     """
     memory = Memory(data_root()/'features' if folder is None else folder, verbose=0)
     compute = memory.cache(_compute, ignore=['b', 'batch_size'])
-    strides = None if strides is None else tuple(strides)
+    if strides is not None:
+        _check_strides(strides)
+        strides = tuple(strides)
     return compute(b, batch_size, as_images(x), fingerprint(b), _code(), b.size, strides)
 
 # %% ../nbs/0_foundations/08a_feature_maps.ipynb #a6b04845
@@ -155,6 +166,7 @@ class MapView(nn.Module):
     name: a network of `BACKBONES`, of which the last `thaw` stages before `stride` learn; or None,
     a network of `width` channels and more that learns all, with stride 4. size: pixels a side,
     default `usual_size`. Always in eval mode. `load` brings the weights, `standardize` the scale.
+    ValueError for another stride, or a thaw that is no number of stages.
     """
     reads = ()   # what `look` depends on, beside name, size and weights
 
@@ -167,9 +179,13 @@ class MapView(nn.Module):
                       nn.Conv2d(2 * width, 4 * width, 3, 1, 1), nn.LeakyReLU(.2)]
             parts, thaw = [nn.Sequential(*layers)], 1
         else:
+            if stride not in STRIDES:
+                raise ValueError(f'stride must be one of {STRIDES}; got {stride!r}')
             self.looks = backbone(name, weights=None, size=size)
             parts = stages(self.looks)[:STRIDES.index(stride) + 1]
             self.looks.net = nn.Identity()
+        if not is_number(thaw, least=0, most=len(parts), whole=True):
+            raise ValueError(f'thaw must be a whole number from 0 to {len(parts)}; got {thaw!r}')
         cut = len(parts) - thaw
         self.fixed, self.learning = nn.Sequential(*parts[:cut]), nn.Sequential(*parts[cut:])
         self.learning.requires_grad_(True)

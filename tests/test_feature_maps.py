@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torchvision.transforms import InterpolationMode
 
 from ad_course import feature_maps as module
 from ad_course.backbones import Backbone, backbone, features
@@ -85,6 +86,18 @@ def test_other_strides_are_refused(lite, strides):
         maps(lite, images(1, 1, 64, 64), strides)
 
 
+@pytest.mark.parametrize('strides', [16, 16.])
+def test_one_stride_is_no_tuple(lite, tmp_path, strides):
+    x = images(1, 1, 64, 64)
+    for call in (lambda: maps(lite, x, strides), lambda: feature_maps(lite, x.numpy(), strides),
+                 lambda: kept(lite, x.numpy(), strides, tmp_path)):
+        with pytest.raises(ValueError, match=r'strides must be a tuple such as \(16,\); got 16'):
+            call()
+    with pytest.raises(ValueError, match='strides must be some of'):
+        kept(lite, x.numpy(), (5,), tmp_path)
+    assert len(kept(lite, x.numpy(), [16, 8], tmp_path)) == 2
+
+
 def test_a_transformer_has_no_stages():
     with pytest.raises(ValueError, match='a network with stages; got vit_b_16'):
         stages(backbone('vit_b_16', None))
@@ -145,6 +158,37 @@ def test_maps_of_other_code_are_not_found(lite, tmp_path, monkeypatch):
     np.testing.assert_allclose(second, 2 * first, rtol=1e-5)
 
 
+@pytest.mark.parametrize('what', ['resizing', 'timm'])
+def test_other_resizing_and_another_timm_are_other_code(monkeypatch, what):
+    module._code.cache_clear()
+    before = module._code()
+    if what == 'timm':
+        real = module.version
+        monkeypatch.setattr(module, 'version', lambda name: '0' if name == 'timm' else real(name))
+    else: monkeypatch.setattr(module, 'trained_on', lambda name: 'another way')
+    module._code.cache_clear()
+    try: assert module._code() != before
+    finally: module._code.cache_clear()
+
+
+def test_code_has_a_digest_without_timm(monkeypatch):
+    real = module.version
+    def version(name):
+        if name == 'timm': raise module.PackageNotFoundError(name)
+        return real(name)
+    monkeypatch.setattr(module, 'version', version)
+    module._code.cache_clear()
+    try: assert len(module._code()) == 64
+    finally: module._code.cache_clear()
+
+
+def test_fingerprint_knows_the_resizing():
+    b = backbone('efficientnet_lite0', size=64)
+    before = fingerprint(b)
+    b.interpolation = InterpolationMode.BILINEAR
+    assert fingerprint(b) != before
+
+
 @pytest.mark.parametrize('what', ['mean', 'std'])
 def test_fingerprint_knows_the_constants(what):
     b = backbone('efficientnet_lite0', size=64)
@@ -190,6 +234,16 @@ def test_a_view_is_the_network_cut_in_two(lite, thaw):
     assert torch.equal(view(x), view.learned(view.frozen(x))) and view.dim == m.shape[1]
     learn = [k for k, p in view.named_parameters() if p.requires_grad]
     assert all(k.startswith('learning.') for k in learn) and bool(learn) == bool(thaw)
+
+
+@pytest.mark.parametrize('settings, message', [
+    *((dict(thaw=v), f'thaw must be a whole number from 0 to 3; got {v!r}')
+      for v in (4, -1, 1.5, True, None)),
+    (dict(stride=4, thaw=2), 'thaw must be a whole number from 0 to 1; got 2'),
+    *((dict(stride=v), r'stride must be one of \(4, 8, 16, 32\); got') for v in (5, None, '16'))],
+    ids=str)
+def test_wrong_views_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message): MapView((1, 64, 64), **settings)
 
 
 def test_a_thawed_stage_moves_and_its_statistics_do_not():
