@@ -31,6 +31,7 @@ LENET = dict(epochs=8, pretrain_epochs=8, batch_size=20, lr=2e-4, pretrain_lr=2e
 SETTINGS = {
     'achc.ACHC': dict(width=8, wraps=500, epochs=10, warm_up=10),
     'advae.AdVAE': dict(epochs=25, batch_size=32, lr=3e-3, n_draws=2),
+    'alad.ALAD': dict(epochs=60, width=8),
     'bigan.BiGAN': dict(epochs=60),
     'cwdsvdd.CWDSVDD': dict(arch='mlp'),
     'dae.SDAE': dict(epochs=60, batch_size=32),
