@@ -37,10 +37,14 @@ def deviation_loss(dev, y, margin=5., power=1):
                 anomalies=y * (margin - dev).clamp(min=0).pow(power))
 
 # %% ../nbs/4_open_set/41_deviation.ipynb #02600024
-def place_head(dim, hidden=0):
-    """Maps (b, dim, h', w') -> scores of places (b, 1, h', w'): linear, or with a hidden layer."""
-    if not hidden: return nn.Conv2d(dim, 1, 1)
-    return nn.Sequential(nn.Conv2d(dim, hidden, 3, 1, 1), nn.ReLU(), nn.Conv2d(hidden, 1, 1))
+def place_head(dim, hidden=0, out=1, bias=True):
+    """Maps (b, dim, h', w') -> `out` numbers for each place, (b, out, h', w').
+
+    Linear, or with a hidden layer that sees 3x3 places. One number: a score.
+    """
+    if not hidden: return nn.Conv2d(dim, out, 1, bias=bias)
+    return nn.Sequential(nn.Conv2d(dim, hidden, 3, 1, 1, bias=bias), nn.ReLU(),
+                         nn.Conv2d(hidden, out, 1, bias=bias))
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
