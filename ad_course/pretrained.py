@@ -206,7 +206,7 @@ def nearest_distances(rows, bank, of=None, owner=None, most=2**24):
         found.append(far.amin(1))
     return torch.cat(found)
 
-# %% ../nbs/0_foundations/08b_pretrained.ipynb #e6fc95b4
+# %% ../nbs/0_foundations/08b_pretrained.ipynb #d66ce6ac
 def places(m):
     """The vectors of the places of maps: (n, k, h', w') -> (n h' w', k)."""
     return m.movedim(1, -1).flatten(0, 2)
@@ -216,7 +216,8 @@ def places(m):
 class NearestPatches(_HeldOut, OnMaps):
     """Distance of each place to the nearest of a memory of normal places (Roth et al. 2022)."""
     second_stride: int = None   # of a map that is joined to the first; None: one map
-    neighborhood: int = 3       # places a side that are averaged before; odd
+    stride: int = 8             # pixels that the backbone sees, per place of the map
+    neighborhood: int = 1       # places a side that are averaged before, odd
     memory: int = 10_000        # normal places that are kept at most
     coreset: str = 'greedy'     # which: each the 'greedy' farthest from those before, or 'random'
     projection: int = 64        # dimensions in which the greedy choice measures; 0: all
