@@ -16,7 +16,7 @@ from .feature_maps import STAGED, STRIDES, MapView, OnMaps, labelled_rows, top_m
 def deviations(scores, reference):
     """Equation (1): scores (b,) in standard deviations of reference scores (n,).
 
-    ValueError for a reference without any deviation.
+    ValueError for a reference whose scores are all alike.
     """
     if len(reference) < 2 or reference.min() == reference.max():
         raise ValueError(f'a reference must hold different scores; got {len(reference)}, all alike')
