@@ -389,7 +389,7 @@ def test_the_view_stays_and_the_heads_learn(cls, cloth, fitted):
         assert all(torch.equal(a, b) for a, b in pairs) == (name == 'view')
 
 
-@pytest.mark.parametrize('cls', [FLOS, SAOE, MapSAD])
+@pytest.mark.parametrize('cls', ALL)
 def test_seen_kinds_are_found_better_than_untrained(cls, cloth):
     part = (cloth.y_test == 0) | np.isin(cloth.kinds_test, ['scratch', 'spot'])
     def found(epochs, seed):
