@@ -138,12 +138,24 @@ def check_turns(cls):
 
 
 def check_nobody_heeds(cls):
-    """With weights of 0 the critics learn on, and encoder and generator play BiGAN's game."""
+    """With weights of 0 the critics learn on, and the losses are BiGAN's."""
     d = raw(cls, x_weight=0., z_weight=0.)
     assert d.generator_loss(XB).keys() == {'encoded', 'generated'}, 'heeded with a weight of 0'
     assert moved(d, 'critic', d.critic_loss, XB) == CRITICS, 'a spectator does not learn'
     one = raw(cls, z_weight=0.).generator_loss(XB)
     assert one.keys() == {'encoded', 'generated', 'xx'}, 'heeded with a weight of 0'
+
+
+def check_bigans_losses(cls):
+    """Unheeded and not normalized: BiGAN's losses, with the same networks and noise."""
+    d, bigan = raw(cls, x_weight=0., z_weight=0., spectral=False), raw(BiGAN)
+    for name in bigan.nets_: bigan.nets_[name] = copy.deepcopy(d.nets_[name])
+    for loss in ('generator_loss', 'critic_loss'):
+        terms = []
+        for game in (d, bigan):
+            with isolated(3): terms.append(getattr(game, loss)(XB))
+        for name, value in terms[1].items():
+            assert torch.allclose(terms[0][name], value, atol=1e-5), f"BiGAN's {name}"
 
 
 def check_bounded(cls):
@@ -203,7 +215,7 @@ def check_scoring_moves_nothing(cls):
 
 
 CHECKS = (check_values, check_slopes, check_players, check_turns, check_nobody_heeds,
-          check_bounded, check_score, check_scoring_moves_nothing)
+          check_bigans_losses, check_bounded, check_score, check_scoring_moves_nothing)
 
 
 @pytest.mark.parametrize('check', CHECKS)
@@ -241,6 +253,12 @@ class OneOrder(ALAD):
     """The copy first, then the image."""
     def answers(self, critic, one, other):
         return super().answers(critic, one, other[::-1] if critic == 'critic_xx' else other)
+
+class PairsExchanged(ALAD):
+    """The images of D_xz beside codes that are not theirs."""
+    def answers(self, critic, one, other):
+        if critic == 'critic': one, other = (one[0], other[1]), (other[0], one[1])
+        return super().answers(critic, one, other)
 
 class WeightsExchanged(ALAD):
     def generator_loss(self, xb):
@@ -396,6 +414,11 @@ def test_wrong_turns_are_caught(why, broken): assert_caught(check_turns, broken,
 
 @each_mutant({'heeded': (Unweighted,), 'a spectator does not learn': (IdleSpectator,)})
 def test_heeding_unasked_is_caught(why, broken): assert_caught(check_nobody_heeds, broken, why)
+
+
+@each_mutant({"BiGAN's fake": (NO_FAKE,), "BiGAN's encoded": (PairsExchanged,)})
+def test_other_losses_than_bigans_are_caught(why, broken):
+    assert_caught(check_bigans_losses, broken, why)
 
 
 @each_mutant({'norms of critic:': (unbound('critic'),), 'norms of critic_xx': (
