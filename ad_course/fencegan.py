@@ -43,7 +43,8 @@ def covered_share(alpha, fake_weight):
 class FenceGAN(GAN):
     """GAN whose generator encircles the normal images; score: minus the critic's logit.
 
-    Ngo et al. 2019. With alpha=1, fake_weight=1, dispersion_weight=0 it is an ordinary GAN.
+    Ngo et al. 2019. With alpha=1, fake_weight=1, dispersion_weight=0 it is an ordinary GAN,
+    but for a last, short batch, on which the generator still draws batch_size images.
     """
     mixes_images = True             # dispersion is that of a batch
     epochs: int = 100

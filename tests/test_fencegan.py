@@ -267,6 +267,17 @@ def test_with_alpha_one_it_is_an_ordinary_gan():
     assert all(torch.allclose(ours[k], theirs[k], atol=1e-5) for k in ours)
 
 
+def test_a_short_batch_is_no_short_turn_of_the_generator():
+    """Its images are batch_size in number, so that even a last batch of one can be dispersed."""
+    d, drawn = raw(FenceGAN, batch_size=8), []
+    def fake(n): drawn.append(n); return FenceGAN.fake(d, n)
+    d.fake = fake
+    d.generator_loss(XB[:3]), d.critic_loss(XB[:3])
+    assert drawn == [8, 3]
+    short = FenceGAN(**SMALL, epochs=2, batch_size=8).fit(X[:9])
+    assert np.isfinite(short.history_['generator/dispersion']).all()
+
+
 @pytest.mark.parametrize('params, message', [
     (dict(alpha=0.), 'alpha must be a number above 0 and at most 1'), (dict(alpha=1.1), 'alpha'),
     (dict(fake_weight=0.), 'fake_weight must be a number above 0'),
