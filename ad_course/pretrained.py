@@ -214,7 +214,10 @@ def places(m):
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class NearestPatches(_HeldOut, OnMaps):
-    """Distance of each place to the nearest of a memory of normal places (Roth et al. 2022)."""
+    """Distance of each place to the nearest of a memory of normal places (Roth et al. 2022).
+
+    The greedy choice has seen all training images: with it the threshold comes out too high.
+    """
     second_stride: int = None   # of a map that is joined to the first; None: one map
     stride: int = 8             # pixels that the backbone sees, per place of the map
     neighborhood: int = 1       # places a side that are averaged before, odd

@@ -59,9 +59,9 @@ def is_ledoit_and_wolfs(cls):
     np.testing.assert_allclose(d.decision_function(CLOTH.x_test), wanted, rtol=1e-2)
 
 
-def thresholds_fit_new_images(cls):
+def thresholds_fit_new_images(cls, **settings):
     """The median of the training scores is near that of new normal ones."""
-    d = fit(cls, contamination=.5)
+    d = fit(cls, contamination=.5, **settings)
     alarms = d.predict(CLOTH.x_test[CLOTH.y_test == 0]).mean()
     assert .2 < alarms < .85, f'{alarms:.0%} alarms where half of them were wanted'
 
@@ -260,6 +260,16 @@ def test_the_detector_keeps_a_cover():
     d = NearestPatches(memory=60, **QUIET)
     assert torch.equal(d.choose(found), d.choose(found)), 'the same seed, another choice'
     assert not torch.equal(d.choose(found), d.set_params(seed=1).choose(found))
+
+
+def test_a_random_memory_keeps_the_threshold():
+    thresholds_fit_new_images(NearestPatches, memory=100, coreset='random')
+
+
+def test_a_greedy_memory_gives_few_alarms():
+    """Its choice has seen all training images: the threshold is too high, never too low."""
+    d = fit(NearestPatches, memory=100, contamination=.5)
+    assert d.predict(CLOTH.x_test[CLOTH.y_test == 0]).mean() < .5
 
 
 def test_memory_is_a_bound():
