@@ -15,8 +15,8 @@ from ad_course.detector import isolated, load, total_loss
 from ad_course.metrics import auroc
 
 from .mutants import assert_caught, each_mutant
-from .players import (SHAPES, altered, check_any_image, check_explosion, check_refused, moved,
-                      ready, without)
+from .players import (SHAPES, Scale, altered, check_any_image, check_explosion, check_refused,
+                      moved, ready, without)
 
 X = np.random.default_rng(0).random((40, 1, 4, 4), dtype='float32')
 XB = torch.tensor(X)
@@ -28,14 +28,6 @@ BOTH = {'encoder', 'generator'}
 def raw(cls, **params):
     """An untrained detector, ready for single steps."""
     return ready(cls(**SMALL | dict(epochs=0) | params).fit(X))
-
-
-class Scale(nn.Module):
-    """A network that multiplies three pixels or numbers by its weights, in some shape."""
-    def __init__(self, w, *shape):
-        super().__init__()
-        self.w, self.shape = nn.Parameter(torch.tensor(w)), shape
-    def forward(self, x): return (x.flatten(1) * self.w).reshape(len(x), *self.shape)
 
 
 class Watch(Scale):
