@@ -7,6 +7,8 @@ __all__ = ['BACKBONES', 'PACKAGED', 'WEIGHTS', 'MEAN', 'STD', 'HELP', 'weights_e
            'packaged_file', 'matched', 'load_packaged', 'trained_on', 'Backbone', 'backbone', 'features']
 
 # %% ../nbs/0_foundations/08_backbones.ipynb #00000005
+import copy
+import functools
 import hashlib
 import importlib.util
 import re
@@ -155,13 +157,19 @@ def matched(found, expected):
     return dict(zip(expected, found.values()))
 
 
-def load_packaged(name):
-    """An EfficientNet-Lite of timm with its official weights, classifier included."""
-    path = packaged_file(name)
+@functools.lru_cache(maxsize=2)
+def _read(name, path, written):
+    """The network of a file, read once for each time it was written; not to be changed."""
     check_file(path)
     with torch.random.fork_rng(devices=[]): net = _untrained(name)
     net.load_state_dict(matched(torch.load(path, weights_only=True), net.state_dict()))
     return net.eval()
+
+
+def load_packaged(name):
+    """An EfficientNet-Lite of timm with its official weights, classifier included."""
+    path = packaged_file(name)
+    return copy.deepcopy(_read(name, path, path.stat().st_mtime_ns))
 
 # %% ../nbs/0_foundations/08_backbones.ipynb #9954af0e
 def trained_on(name):

@@ -492,6 +492,15 @@ def test_packaged_weights_are_checked(monkeypatch, tmp_path):
         backbone('efficientnet_lite0')
 
 
+def test_a_packaged_network_is_read_once_and_everyone_gets_his_own():
+    first, second = (load_packaged('efficientnet_lite0') for _ in range(2))
+    with torch.no_grad(): first.conv_stem.weight.zero_()
+    for net in (second, load_packaged('efficientnet_lite0')): assert net.conv_stem.weight.any()
+    before = backbones._read.cache_info().misses
+    load_packaged('efficientnet_lite0')
+    assert backbones._read.cache_info().misses == before
+
+
 def test_without_the_extra_an_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(backbones.importlib.util, 'find_spec', lambda name: None)
     with pytest.raises(RuntimeError, match=r"pip install 'ad_course\[backbones\]'"):
