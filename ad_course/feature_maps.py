@@ -193,10 +193,11 @@ class MapView(nn.Module):
         with torch.no_grad(): self.dim = self.learning(self.fixed(seen)).shape[1]
         self.register_buffer('mean', torch.zeros(self.dim, 1, 1))
         self.register_buffer('scale', torch.ones(()))
+        super().train(False)
 
     def train(self, mode=True):
         """Stays in eval mode, whatever `mode` says."""
-        return super().train(False)
+        return self   # its hundreds of modules are not visited in each epoch
 
     def look(self, xb):
         """What the frozen stages give: (b, ...)."""
