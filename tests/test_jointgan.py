@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from ad_course.cnngan import min_max, origin_distance
 from ad_course.data import digits
 from ad_course.detector import isolated, load, total_loss
-from ad_course.jointgan import (JointGAN, image_distance, min_max, normalized_residual,
-                                origin_distance)
+from ad_course.jointgan import JointGAN, image_distance, stretched_residual
 from ad_course.metrics import auroc
 from ad_course.wgan import WGANGP, wasserstein_generator
 
@@ -339,10 +339,10 @@ def test_a_constant_image_has_a_finite_score_and_slope():
 def test_the_residual_is_bounded(shape):
     n = math.prod(shape)
     a, b = torch.rand(2, 50, *shape, generator=torch.Generator().manual_seed(1))
-    assert (normalized_residual(a, b) <= n**-.5).all()
+    assert (stretched_residual(a, b) <= n**-.5).all()
     one = torch.zeros(1, *shape)
     one[0, 0, 0, 0] = 1
-    assert float(normalized_residual(one, 1 - one)) == pytest.approx(n**-.5)
+    assert float(stretched_residual(one, 1 - one)) == pytest.approx(n**-.5)
 
 
 def test_long_codes_are_normal():
