@@ -251,3 +251,16 @@ def test_wrong_settings_are_named(params, message):
 
 @pytest.mark.parametrize('shape', SHAPES)
 def test_any_image_fits(shape): check_any_image(CNNGAN, shape, **SMALL)
+
+
+def test_all_channels_of_an_image_have_one_range():
+    x = torch.rand(2, 3, 8, 8) * torch.tensor([.2, .5, 1.]).view(3, 1, 1)
+    w = min_max(x)
+    assert w[:, 0].max() < .5 and torch.equal(w.flatten(1).amax(1), torch.ones(2))
+    d = CNNGAN(**SMALL).fit(x)
+    with torch.no_grad(): rebuilt = min_max(d.reconstruction(x))
+    np.testing.assert_allclose(d.errors(x).detach(), (w - rebuilt).square().detach(), atol=1e-6)
+
+
+def test_false_alarms_above_one_say_that_no_such_test_exists():
+    assert false_alarms(.9, .8112, .7784) > 1
