@@ -406,3 +406,41 @@ def test_it_beats_itself_untrained():
             for n in (0, 40)]
     before, after = (auroc(task.y_test, d.decision_function(task.x_test)) for d in fits)
     assert after > .9 > before
+
+
+# ---------------------------------------------------------------- the control
+def check_control(cls):
+    """With images that come back, encoder and generator are pulled at by autograd's slopes."""
+    d, names = shown(cls, reciprocity='image'), PLAYERS['reciprocity']
+    w = {k: torch.tensor(v, requires_grad=True) for k, v in W.items()}
+    total = sum(v.mean() for v in worked_out(w)['image'].values())
+    truth = torch.autograd.grad(total, [w[k] for k in names])
+    found = torch.autograd.grad(total_loss(d.reciprocity_loss(PIXELS), 6),
+                                [d.nets_[k].w for k in names], allow_unused=True)
+    for name, a, b in zip(names, found, truth):
+        assert a is not None and torch.allclose(a, b, atol=1e-4), f'slope of {name}'
+    fitted = raw(cls, reciprocity='image')
+    changed = moved(fitted, 'reciprocity', fitted.reciprocity_loss, XB)
+    assert changed == {*names}, 'step of the control'
+
+
+class DetachedCode(ALAE):
+    """The image term does not reach the encoder."""
+    def reciprocity_loss(self, xb):
+        if self.reciprocity != 'image': return super().reciprocity_loss(xb)
+        copy = self.nets_.generator(self.code(xb).detach())
+        return dict(image=(xb - copy).square().flatten(1).mean(1))
+
+class DetachedCopy(ALAE):
+    """The image term reaches the encoder alone, through codes that do not matter."""
+    def reciprocity_loss(self, xb):
+        if self.reciprocity != 'image': return super().reciprocity_loss(xb)
+        copy = self.reconstruction(xb).detach() + 0 * self.code(xb).sum()
+        return dict(image=(xb - copy).square().flatten(1).mean(1))
+
+
+def test_the_control_keeps(): check_control(ALAE)
+
+
+@each_mutant({'slope': [DetachedCode, DetachedCopy]})
+def test_a_broken_control_is_caught(why, broken): assert_caught(check_control, broken, why)
