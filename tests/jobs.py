@@ -44,7 +44,7 @@ def forked(work, *args):
     with open(reader, encoding='utf8') as answer: said = answer.read()
     _, status = os.waitpid(child, 0)
     if said and not status: return json.loads(said)
-    return dict(error=f'ended without a word (status {status})', cell=-1)
+    return dict(error=f'ended without a word (status {status})', cell=-1, ran=[], seconds={})
 
 
 def can_fork():
@@ -59,17 +59,17 @@ def can_fork():
 def watched(path, root, seen):
     """nbdev's shell for notebooks, which notes the cells that ran.
 
-    It runs those for a GPU, shrunk, beside them."""
+    It runs those for a GPU, shrunk, beside them: each in a fork, where all that it needs is there
+    and changes nothing of the notebook's own run."""
     from nbdev import test
     notebook = Notebook(path, root)
-    first = min((c.index for c in smoke.flagged(notebook)), default=None)
+    plan = smoke.forks(notebook) if can_fork() else {}
 
     class Shell(test.CaptureShell):
         def run_all(self, nb, exc_stop=False, preproc=None, **kwargs):
             def before(cell):
-                if cell.idx_ == first and seen['smoke'] is None and can_fork():
-                    attempt = lambda only: forked(smoke.beside, self, nb, notebook, only)
-                    seen['smoke'] = smoke.verdict(attempt, notebook)
+                if (only := plan.pop(cell.idx_, None)) is not None:
+                    seen['smoke'].append(forked(smoke.beside, self, nb, notebook, only))
                 left_out = preproc(cell)
                 seen['since'] = processor_time()
                 return left_out
@@ -88,7 +88,7 @@ def notebook(path, root=ROOT):
     from nbdev import test
     from nbdev.config import get_config
     path, root = Path(path), Path(root)
-    nb, seen = Notebook(path, root), dict(cells={}, smoke=None, since=0.)
+    nb, seen = Notebook(path, root), dict(cells={}, smoke=[], since=0.)
     name, out = nb.name, dict(passed=[], failed=[], skipped={}, parts={})
     with working_directory(root):
         config = get_config(path=root)
@@ -101,7 +101,10 @@ def notebook(path, root=ROOT):
         ok = False
     out['passed' if ok else 'failed'].append(name)
     out['parts'] = {f'{name} cell {k}': s for k, s in seen['cells'].items()}
-    if ok and smoke.flagged(nb): shrunk(nb, seen['smoke'] or smoke.apart(path), out)
+    if ok and smoke.flagged(nb):
+        result = smoke.together(seen['smoke']) if seen['smoke'] else dict(error='no fork')
+        if result['error'] and not result.get('missing_data'): result = smoke.apart(path)
+        shrunk(nb, result, out)
     return out
 
 

@@ -3,11 +3,10 @@
   python -m tests.smoke NOTEBOOK
 
 Cells flagged `#| cuda` or `#| slow` take a GPU or long minutes at full size. Here AD_COURSE_SMOKE=1
-asks them to shrink (few images, one epoch) and no GPU is visible. `make test` runs them in a fork
-of the notebook's own run, at the first such cell, so that what they use is there already; the
-command runs before them the cells that define the names they use, found by reading the code. Where
-that reading was too short, the whole notebook runs, and what happens then is the verdict. Prints
-one line of JSON."""
+asks them to shrink (few images, one epoch) and no GPU is visible. `make test` runs them in forks
+of the notebook's own run, so that what they use is there already; the command runs before them the
+cells that define the names they use, found by reading the code. Where that reading was too short,
+the whole notebook runs, and what happens then is the verdict. Prints one line of JSON."""
 import ast
 import json
 import os
@@ -26,6 +25,12 @@ def flagged(notebook):
     """The cells to be proven."""
     return [c for c in notebook.code_cells if c.evaluated
             and c.flags.keys() & set(SMOKE_FLAGS) and 'notest' not in c.flags]
+
+
+def proven(notebook):
+    """All cells that `make test` runs, flagged or not."""
+    marked = {c.index for c in flagged(notebook)}
+    return [c for c in notebook.code_cells if c.runs() or c.index in marked]
 
 
 SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.ListComp,
@@ -110,12 +115,12 @@ def reading(statements, known=()):
     return before, called, known
 
 
-def needed(notebook):
-    """The indices of the flagged cells, and of those before the last of them that they need."""
-    targets = {c.index for c in flagged(notebook)}
-    last = max(targets, default=0)
+def needed(notebook, targets=None):
+    """The indices of `targets`, or all flagged cells, and of those above that they need."""
+    targets = targets or {c.index for c in flagged(notebook)}
+    last, able = max(targets, default=0), {c.index for c in proven(notebook)}
     before = [c for c in notebook.code_cells
-              if c.index in targets or (c.runs() and c.index < last)]
+              if c.index in targets or (c.index < last and c.index in able)]
     found = {c.index: reading(c.tree.body) for c in before}
     gives = {c.index: names(c.tree)[0] | changes(c.tree) for c in before}
 
@@ -136,15 +141,26 @@ def needed(notebook):
     return wanted
 
 
-def run(shell, nb, notebook, only=None, start=0):
-    """Runs the cells `only` from `start` on, as nbdev runs them; what happened.
+def forks(notebook):
+    """Where to fork a run of the notebook, and which flagged cells to run there: {index: indices}.
+
+    A cell joins those before it, unless it needs something that was made since their fork."""
+    plan, place = {}, None
+    marked = {c.index for c in flagged(notebook)}
+    for index in sorted(marked):
+        wanted = needed(notebook, {index})
+        if place is None or any(i > place for i in wanted - marked): place = index
+        plan[place] = sorted({*plan.get(place, ()), *wanted & marked})
+    return plan
+
+
+def run(shell, nb, notebook, only=None):
+    """Runs the cells `only`, as nbdev runs them; what happened.
 
     only: indices; None stands for all that run or are flagged."""
-    targets, result = {c.index for c in flagged(notebook)}, dict(ran=[], seconds={}, error=None)
-    for cell in notebook.code_cells:
-        able = cell.index in targets or cell.runs()
-        asked = cell.index >= start and (only is None or cell.index in only)
-        if not (able and asked): continue
+    result = dict(ran=[], seconds={}, error=None)
+    for cell in proven(notebook):
+        if only is not None and cell.index not in only: continue
         since = time.process_time()
         shell.cell(nb.cells[cell.index])
         result['ran'].append(cell.index)
@@ -163,9 +179,18 @@ def shrink():
 
 
 def beside(shell, nb, notebook, only):
-    """`run` in a fork of the notebook's run: the cells before the first flagged one have run."""
+    """`run` in a fork of the notebook's run: the cells above have run."""
     shrink()
-    return run(shell, nb, notebook, only, start=min(c.index for c in flagged(notebook)))
+    return run(shell, nb, notebook, only)
+
+
+def together(results):
+    """What happened in several forks, as one result; an error that is no missing file wins."""
+    worst = sorted(results, key=lambda r: (not r['error'], r.get('missing_data', False)))[0]
+    seconds = {}
+    for r in results:
+        for k, spent in r['seconds'].items(): seconds[k] = seconds.get(k, 0) + spent
+    return worst | dict(ran=sorted({k for r in results for k in r['ran']}), seconds=seconds)
 
 
 def verdict(attempt, notebook):

@@ -175,6 +175,21 @@ def test_cells_for_a_gpu_run_beside_the_notebook(project, body, failed):
     assert (shrunk in total['failed']) == failed and 'nbs/02_two.ipynb' in total['passed']
 
 
+def test_what_stands_between_flagged_cells_runs_once(project):
+    counts = 'open("times", "a").write("."); y = 2'
+    write_notebook(project/'nbs'/'02_two.ipynb', '#| slow\na = 1', counts, '#| cuda\nassert y == 2')
+    assert len(proven(project, '02_two')['passed']) == 2
+    assert (project/'nbs'/'times').read_text() == '.'
+
+
+@pytest.mark.parametrize('value, failed', [(3, False), (4, True)])
+def test_where_reading_was_too_short_the_whole_notebook_decides(project, value, failed):
+    cells = '#| slow\na = 1', 'globals()["hidden"] = 3', f'#| slow\nassert hidden == {value}'
+    write_notebook(project/'nbs'/'02_two.ipynb', *cells)
+    shrunk = 'nbs/02_two.ipynb, cells for a GPU, shrunk'
+    assert shrunk in proven(project, '02_two')['failed' if failed else 'passed']
+
+
 def test_a_sync_that_fails_ends_everything(project):
     edit(project/'ad_course'/'one.py', 'return 1', 'return 2')
     total = stages.prove(stages.listed(project), workers=1)

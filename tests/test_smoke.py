@@ -11,7 +11,7 @@ import torch
 
 from ad_course import datasets
 from .project import QUIET, ROOT, Notebook, environment, notebooks, write_notebook
-from .smoke import SHRUNK, names, needed, reading
+from .smoke import SHRUNK, forks, names, needed, reading, together
 
 
 def smoke(path):
@@ -76,6 +76,26 @@ def test_what_a_cell_reads_from_before_it_and_what_when_called(code, before, cal
 def test_what_flagged_cells_need(tmp_path, cells, wanted):
     notebook = Notebook(write_notebook(tmp_path/'a.ipynb', *cells), tmp_path)
     assert sorted(needed(notebook)) == wanted
+
+
+@pytest.mark.parametrize('cells, plan', [
+    (['x = 1', '#| slow\na = x', 'y = 2', '#| cuda\nb = x'], {1: [1, 3]}),
+    (['#| slow\na = 1', 'x = 2', '#| slow\nb = x', '#| slow\nx'], {0: [0], 2: [2, 3]}),
+    (['#| slow\na = 1', 'x = 2', '#| slow\nb = x + a'], {0: [0], 2: [0, 2]}),
+    (['#| slow\ndef f(): return x', 'x = 2', '#| slow\nf()'], {0: [0], 2: [0, 2]}),
+    (['x = 1'], {})])
+def test_where_the_run_of_a_notebook_forks(tmp_path, cells, plan):
+    assert forks(Notebook(write_notebook(tmp_path/'a.ipynb', *cells), tmp_path)) == plan
+
+
+def test_an_error_in_one_fork_is_the_verdict():
+    well = dict(ran=[1, 2], seconds={1: 1., 2: 2.}, error=None)
+    missing = dict(ran=[3], seconds={3: 1.}, error='no file', missing_data=True)
+    bad = dict(ran=[2, 4], seconds={2: 1., 4: 0.}, error='rotten', missing_data=False)
+    assert together([well, missing])['missing_data']
+    worst = together([well, missing, bad])
+    assert worst['error'] == 'rotten' and worst['ran'] == [1, 2, 3, 4]
+    assert worst['seconds'] == {1: 1., 2: 3., 3: 1., 4: 0.} and not together([well])['error']
 
 
 # ---------------------------------------------------------------- Run All
