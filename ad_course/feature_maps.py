@@ -182,7 +182,7 @@ class MapView(nn.Module):
             if stride not in STRIDES:
                 raise ValueError(f'stride must be one of {STRIDES}; got {stride!r}')
             self.looks = backbone(name, weights=None, size=size)
-            parts = stages(self.looks)[:STRIDES.index(stride) + 1]
+            parts = self.parts(self.looks)[:STRIDES.index(stride) + 1]
             self.looks.net = nn.Identity()
         if not is_number(thaw, least=0, most=len(parts), whole=True):
             raise ValueError(f'thaw must be a whole number from 0 to {len(parts)}; got {thaw!r}')
@@ -194,6 +194,10 @@ class MapView(nn.Module):
         self.register_buffer('mean', torch.zeros(self.dim, 1, 1))
         self.register_buffer('scale', torch.ones(()))
         super().train(False)
+
+    def parts(self, b):
+        """A backbone in modules, one a stride; a view may see more of it than `stages`."""
+        return stages(b)
 
     def train(self, mode=True):
         """Stays in eval mode, whatever `mode` says."""
@@ -218,7 +222,7 @@ class MapView(nn.Module):
     def load(self, weights='imagenet'):
         """The weights of the backbone, where there is one."""
         if not self.name: return
-        source = stages(backbone(self.name, weights, self.looks.size))
+        source = self.parts(backbone(self.name, weights, self.looks.size))
         for own, theirs in zip([*self.fixed, *self.learning], source):
             own.load_state_dict(theirs.state_dict())
 
