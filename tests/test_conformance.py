@@ -43,6 +43,7 @@ SETTINGS = {
     'ganomaly.GANomaly': dict(epochs=60),
     'localize.MapAE': dict(epochs=40, batch_size=32, smoothing=1, top=.1),
     'localize.SSIMAE': dict(epochs=30, batch_size=32, top=.2),
+    'msc.MSC': dict(size=32, lr=1e-4, epochs=4, batch_size=64, n_views=2),
     'panda.PANDA': dict(size=32, lr=1e-4, epochs=2, batch_size=64, n_fisher_images=2),
     'pretrained.DN2': dict(size=32),
     'pretrained.Mahalanobis': dict(size=32),
