@@ -47,7 +47,10 @@ def patch_index(h, w):
 
 
 def irregular(x, degrees, shear, scale):
-    """Images (b, c, h, w) turned, sheared and scaled about the center, mirrored at the border."""
+    """Images (b, c, h, w) turned about the center; shear and scale are those of the sampling grid.
+
+    So a scale above 1 makes objects smaller. What comes in at the border is mirrored.
+    """
     turn = math.radians(degrees)
     c, s = scale * math.cos(turn), scale * math.sin(turn)
     theta = x.new_tensor([[c, c * shear - s, 0], [s, s * shear + c, 0]]).expand(len(x), 2, 3)

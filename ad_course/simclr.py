@@ -42,7 +42,8 @@ def _uniform(n, low, high, like, rng=None):
 def crop_flip(x, rng=None, crop=.54, flip=.5):
     """A random part of each image, at the size of the whole, mirrored with probability `flip`.
 
-    x: (n, c, h, w). crop: the least share of the area, 1: the whole; sides 3:4 to 4:3.
+    x: (n, c, h, w). crop: the least share of the area, 1: the whole; sides 3:4 to 4:3. A side
+    longer than the image's is cut to it, so that above .75 a view may show less than `crop`.
     """
     n = len(x)
     area, flipped = _uniform(n, crop, 1, x, rng), _uniform(n, 0, 1, x, rng) < flip
@@ -86,7 +87,7 @@ def augment(x, rng=None, crop=.54, flip=.5, brightness=.4, contrast=.4, color=.4
 
 # %% ../nbs/5_features/53_simclr.ipynb #a0530016
 def nearest_cosine(rows, bank, k=1):
-    """Equation (5): 1 minus the mean cosine of each row (n, d) to its k nearest of a bank (m, d).
+    """Equation (3): 1 minus the mean cosine of each row (n, d) to its k nearest of a bank (m, d).
 
     Both must have length one. -> (n,), 0: the same direction, 2: the opposite one.
     """
@@ -163,10 +164,10 @@ class SimCLR(Detector):
 
 # %% ../nbs/5_features/53_simclr.ipynb #a0530014
 def alignment(first, second):
-    """Equation (3): mean squared distance of the two views (n, d) on the sphere, ()."""
+    """Equation (4): mean squared distance of the two views (n, d) on the sphere, ()."""
     return (F.normalize(first) - F.normalize(second)).square().sum(1).mean()
 
 
 def uniformity(rows, t=2.):
-    """Equation (4): log of the mean of exp(-t |a - b|^2) over pairs of rows (n, d), at length 1."""
+    """Equation (5): log of the mean of exp(-t |a - b|^2) over pairs of rows (n, d), at length 1."""
     return F.pdist(F.normalize(rows)).square().mul(-t).exp().mean().log()

@@ -14,7 +14,7 @@ from ad_course.dagmm import (DAGMM, asked_variance, distinct_components, effecti
                              energy, error_features, inverse_variances, mixture_moments,
                              rows_as_images)
 from ad_course.data import digits
-from ad_course.detector import load
+from ad_course.detector import isolated, load
 
 from .mutants import assert_caught, changed, each_mutant, mutant
 from .players import check_any_image, check_refused
@@ -241,6 +241,14 @@ def check_paths(cls):
         grads = torch.autograd.grad(d.loss(XB)['energy'].mean(), list(net.parameters()),
                                     allow_unused=True)
         assert any(g is not None and g.abs().max() > 0 for g in grads), f'nothing reaches {name}'
+    z, weights = d.latent(XB), list(d.nets_.encoder.parameters())
+    with isolated(0): moments = mixture_moments(z, d.nets_.estimation(z).double().softmax(1), 1e-6)
+    parts = MixtureSameFamily(Categorical(moments[0]), MultivariateNormal(*moments[1:]))
+    wanted = torch.autograd.grad(-d.energy_weight * parts.log_prob(z.double()).mean(), weights)
+    with isolated(0): found = torch.autograd.grad(d.loss(XB)['energy'].mean(), weights,
+                                                  allow_unused=True)
+    assert all(g is not None and torch.allclose(g, w, rtol=1e-3, atol=1e-6)
+               for g, w in zip(found, wanted)), 'the slope of the energy in the codes'
 
 
 def check_scores(cls):
@@ -297,6 +305,13 @@ class ErrorsApart(DAGMM):
         z, xhat = super().both(xb)
         return z.detach(), xhat
 
+class OnlyThroughMoments(DAGMM):
+    """The energy of codes that stand still: the mixture moves under them."""
+    def loss(self, xb):
+        z, _ = self.both(xb)
+        still = energy(z.detach(), *self.moments(z))
+        return super().loss(xb) | dict(energy=self.energy_weight * still)
+
 class LastBatch(DAGMM):
     """The moments of the last batch of training score, as in a known re-implementation."""
     def moments(self, z):
@@ -331,7 +346,8 @@ class Errors(DAGMM):
 def test_wrong_losses_are_caught(why, broken): assert_caught(check_terms, broken, why)
 
 
-@each_mutant({'estimation': (Detached,), 'encoder': (ErrorsApart,)})
+@each_mutant({'estimation': (Detached,), 'encoder': (ErrorsApart,),
+              'slope of the energy': (OnlyThroughMoments,)})
 def test_broken_paths_are_caught(why, broken):
     assert_caught(check_paths, broken, why)
 

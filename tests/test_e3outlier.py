@@ -72,6 +72,7 @@ def test_the_irregular_ones_are_affine():
         want = affine_transform(x[0, 0].numpy(), m, np.full(2, 7.5) - m @ np.full(2, 7.5), order=1)
         got = irregular(x, degrees, shear, scale)[0, 0].numpy()
         assert np.allclose(got[6:10, 6:10], want[6:10, 6:10], atol=1e-6)
+        assert irregular(torch.ones_like(x), degrees, shear, scale).min() > .99, 'a black corner'
 
 
 def test_the_numbers_of_views():

@@ -204,7 +204,7 @@ def shown(cls, scale=1., **params):
     """The class with that network."""
     def networks(self, shape): return dict(classifier=Fixed(scale))
     kind = type('Shown', (cls,), dict(networks=networks))
-    return kind(**SMALL | dict(epochs=0) | params).fit(X)
+    return kind(**SMALL | dict(epochs=0, batch_size=7) | params).fit(X)
 
 
 def by_loops(d, x):

@@ -128,6 +128,10 @@ def check_views(view):
     side = (ends[:, 1] - ends[:, 0])
     assert side.min() > .4 and side.max() <= 1.001 and side.std() > .05, 'side of a crop'
     assert ends.min() >= 0 and ends[:, 0].std() > .05, 'place of a crop'
+    ends = view(ramp.mT, rng(), **OFF | dict(crop=.25))[:, 0, [0, -1], 0]
+    high = ends[:, 1] - ends[:, 0]
+    assert high.min() > .4 and high.max() <= 1.001 and high.std() > .05, 'height of a crop'
+    assert ends[:, 0].std() > .05 and (side / high).std() > .05, 'shape of a crop'
     light = view(torch.full((400, 1, 2, 2), .4), rng(), **OFF | dict(brightness=.5))[:, 0, 0, 0]
     light = light / .4
     assert .5 <= light.min() < .6 and 1.4 < light.max() <= 1.5, 'light'
