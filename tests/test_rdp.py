@@ -133,6 +133,7 @@ def check_target(cls):
     raw, d = (cls(**SMALL | dict(epochs=n, lr=1e-2)).fit(X) for n in (0, 40))
     a, b = (raw.nets_[net].weight.detach().flatten() for net in ('learner', 'target'))
     assert abs(np.corrcoef(a, b)[0, 1]) < .3, 'strangers'
+    assert np.allclose(raw.mean_.cpu(), X.reshape(len(X), -1).mean(0), atol=1e-6), 'the middle'
     members = raw.nets_.target.weight.detach().flatten(1)
     assert np.corrcoef(members)[~np.eye(3, dtype=bool)].max() < .5, 'members'
     same = torch.equal(d.nets_.target.weight, raw.nets_.target.weight)

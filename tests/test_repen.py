@@ -271,6 +271,42 @@ def test_a_score_has_no_company(cls): check_company(cls)
 def test_wrong_scores_are_caught(why, broken): assert_caught(check_company, broken, why)
 
 
+def check_pseudo(cls):
+    """Training rows are scored without themselves, and the outliers' scores are their weights."""
+    x, _ = rows(60)
+    d, z = cls(**SMALL | dict(epochs=0)).fit(x), draws(60, 5)
+    source = d.triplets(z, torch.zeros(60, dtype=int))
+    own = draw_subsets(60, d.subsets, d.subset_size, d.rng())
+    wanted = lesinn(z, z[own], own)
+    assert torch.equal(d.pseudo_, pseudo_outliers(wanted, d.alpha, d.contamination)), 'who'
+    assert torch.allclose(source.weights, wanted[d.pseudo_]), 'weights'
+
+
+class FindsItself(REPEN):
+    """A row in a subset is its own neighbor there."""
+    def triplets(self, rows, y):
+        source = super().triplets(rows, y)
+        own = draw_subsets(len(rows), self.subsets, self.subset_size, self.rng())
+        r = lesinn(rows, rows[own])
+        self.pseudo_ = out = pseudo_outliers(r, self.alpha, self.contamination)
+        source.weights = r[out]
+        return source
+
+class AllAlike(REPEN):
+    """No outlier counts more than another."""
+    def triplets(self, rows, y):
+        source = super().triplets(rows, y)
+        source.weights = torch.ones_like(source.weights)
+        return source
+
+
+def test_pseudo_outliers_are_scored_without_themselves(): check_pseudo(REPEN)
+
+
+@each_mutant({'weights': (FindsItself, AllAlike)})
+def test_wrong_pseudo_outliers_are_caught(why, broken): assert_caught(check_pseudo, broken, why)
+
+
 def check_learning(cls):
     """Moved rows are the pseudo-outliers; the loss falls, they go far, and the scale is nothing."""
     x, y = rows(200, moved=12)
