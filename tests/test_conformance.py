@@ -54,7 +54,8 @@ SETTINGS = {
 SHAPES = {'deepsvdd.LeNetSVDD': (1, 28, 28)}
 # Classes that others complete: there is nothing to fit.
 BASES = {'ae.Reconstructor', 'baselines.ClosedForm', 'classical.Kernelized', 'classical.OnFeatures',
-         'feature_maps.OnMaps', 'localize.MapScore', 'pretrained.OnPooled'}
+         'feature_maps.OnMaps', 'localize.MapScore', 'own_backbone.OnOwn',
+         'pretrained.OnPooled'}
 
 OWN = {title(c): c for c in known_detectors() if c.__module__.startswith(f'{LIB}.')}
 DETECTORS = sorted(OWN)
