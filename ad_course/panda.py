@@ -85,8 +85,8 @@ class PANDA(DN2):
     batch_size: int = 32
     lr: float = 3e-5
     thaw: int = 1               # stages that learn, counted from the last
-    penalty: str = 'ewc'          # 'ewc': springs by equation (3); 'l2sp': all alike; None: free
-    elastic_weight: float = 10.       # lambda of equation (2): mean stiffness of the springs
+    penalty: str = 'ewc'        # 'ewc': springs by equation (3); 'l2sp': all alike; None: free
+    elastic_weight: float = 10.   # lambda of equation (2): mean stiffness of the springs
     n_fisher_images: int = 100    # training images for equation (3), at most
     acts_with = dict(n_fisher_images=dict(penalty='ewc'), elastic_weight=dict(penalty='ewc'))
 
