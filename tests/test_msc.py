@@ -8,29 +8,15 @@ from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
 from ad_course.batches import FeatureRows
-from ad_course.data import label_anomalies
 from ad_course.detector import isolated, load
-from ad_course.feature_maps import remembered
 from ad_course.metrics import auroc
 from ad_course.msc import MSC, angular, mean_shifted
 from ad_course.pretrained import DN2
-from ad_course.surfaces import surfaces
 
 from .mutants import assert_caught, changed, each_mutant
+from .test_panda import CLOTH, NORMAL, draws, seen_once   # the last is a fixture for all tests
 
 QUIET = dict(device='cpu', verbose=False, size=32, n_views=2)
-CLOTH = label_anomalies(surfaces(n_train=30, n_test=40, size=64, seed=0), 4, seed=0)
-NORMAL = CLOTH.x_train[CLOTH.y_train == 0]
-
-
-@pytest.fixture(scope='module', autouse=True)
-def seen_once():
-    """The same few images are looked at again and again."""
-    with remembered(): yield
-
-
-def draws(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).double()
 
 
 # ---------------------------------------------------------------- equations
